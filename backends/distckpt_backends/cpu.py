@@ -1,0 +1,75 @@
+"""CPU: the Mersenne Twister of the default generator, and nothing to wait for."""
+
+from __future__ import annotations
+
+import torch
+
+from .protocol import Backend, Capabilities
+from .state import foreign, memcmp
+
+_CPU = torch.device("cpu")
+_LIVE = (_CPU,)
+
+_default = torch.default_generator
+_get_state = _default.get_state
+_set_state = _default.set_state
+_SIZE = _get_state().numel()  # 5056 bytes in every torch so far
+
+
+class CpuBackend(Backend):
+    """The host. A state is the whole byte tensor: a shorter fingerprint misses some draws and the normal cache."""
+
+    device_type = "cpu"
+    capabilities = Capabilities(
+        rng=True,
+        cheap_fingerprint=False,
+        multi_device=False,
+        streams=False,
+        pinned_host=False,
+        current_memory=False,
+        peak_memory=False,
+        deferred=False,
+        capture=False,
+        autocast=True,
+        reasons={
+            "cheap_fingerprint": "the Mersenne Twister has no counter; the whole state is read and compared",
+            "multi_device": "the host is one device",
+            "streams": "operations on the host are done when they return",
+            "pinned_host": "its memory is the host's already",
+            "current_memory": "torch's CPU allocator does not count",
+            "peak_memory": "torch's CPU allocator does not count",
+            "deferred": "operations run when they are called",
+            "capture": "there are no host graphs",
+        },
+    )
+
+    def why_unavailable(self) -> str | None:
+        return None
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def device_count(self) -> int:
+        return 1
+
+    def live_devices(self) -> tuple[torch.device, ...]:
+        return _LIVE
+
+    def current_device(self) -> torch.device:
+        return _CPU
+
+    def rng_stash(self, device: torch.device = _CPU) -> torch.Tensor:
+        return _get_state()
+
+    def rng_moved(self, device: torch.device, state: torch.Tensor) -> bool:
+        now = _get_state()
+        return memcmp(now.data_ptr(), state.data_ptr(), _SIZE) != 0
+
+    def rng_restore(self, device: torch.device, state: torch.Tensor) -> None:
+        # torch takes two sizes, so the size is checked here; the rest it checks itself, before it writes anything
+        try:
+            if state.numel() == _SIZE:
+                return _set_state(state)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise foreign("cpu", f"{_SIZE} bytes of a valid state in a uint8 CPU tensor", state) from error
+        raise foreign("cpu", f"{_SIZE} bytes in a uint8 CPU tensor", state)
