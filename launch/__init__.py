@@ -1,0 +1,1 @@
+"""What people run: a small training job that shows what distckpt does."""

@@ -1,0 +1,85 @@
+"""A byte-level GPT whose blocks are regions: small enough to read in one go, and to train on two cores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+VOCABULARY = 256  # bytes
+
+Region = Callable[..., torch.Tensor]
+"""Runs `fn(*args)`, perhaps forgetting its activations: `region(fn, *args)`."""
+
+
+def plain(fn: Callable[..., torch.Tensor], *args: torch.Tensor) -> torch.Tensor:
+    """The region that keeps everything."""
+    return fn(*args)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP over (batch, context, width), run as one region."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        self.drop = nn.Dropout(dropout)
+        self.region: Region = plain
+        self.runs = 0  # executions of the body: one per forward, one more per replay
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # The region is inside forward, so inside the hooks that fully_shard puts around it: a replay finds
+        # the unit's parameters gathered already and gathers nothing itself.
+        return self.region(self._body, x)
+
+    def _body(self, x: torch.Tensor) -> torch.Tensor:
+        self.runs += 1
+        x = x + self.drop(self._attention(self.norm1(x)))
+        return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
+
+    def _attention(self, x: torch.Tensor) -> torch.Tensor:
+        batch, context, width = x.shape
+        q, k, v = self.qkv(x).view(batch, context, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return self.proj(y.transpose(1, 2).reshape(batch, context, width))
+
+
+class GPT(nn.Module):
+    """Bytes in, next-byte loss out. `region` runs every block's body."""
+
+    def __init__(
+        self, *, layers: int, width: int, heads: int, context: int, dropout: float, region: Region = plain
+    ) -> None:
+        super().__init__()
+        self.bytes = nn.Embedding(VOCABULARY, width)
+        self.places = nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, Block):
+                module.region = region
+
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy in nats per byte, a scalar; both arguments are int64 (batch, context)."""
+        x = self.bytes(inputs) + self.places.weight[: inputs.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.norm(x)).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def block_runs(self) -> int:
+        """Executions of block bodies so far, replays included."""
+        return sum(block.runs for block in self.blocks if isinstance(block, Block))

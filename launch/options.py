@@ -1,0 +1,78 @@
+"""The options of the training job, and what makes a set of them impossible."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from launch.errors import BadOption
+
+# What a checkpoint must agree on with the run that resumes it. The rest (steps, paths) may change.
+SAME_ON_RESUME = ("dtype", "layers", "width", "heads", "context", "batch", "dropout", "lr", "seed", "data")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a byte-level GPT on real text, with its blocks recomputed in backward.
+
+    Run it under torchrun, for example: torchrun --nproc_per_node 2 launch/train.py --compare
+    """
+
+    ckpt: Literal["none", "torch", "distckpt"] = "distckpt"
+    """Who recomputes the blocks: nobody, torch.utils.checkpoint, or distckpt."""
+    compare: bool = False
+    """Train all three from the same seed, step by step in turn, and print them side by side."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """What the blocks compute in. Parameters, gradients and optimizer state are fp32."""
+    steps: int = 60
+    """Optimizer steps in total, those before a resume included."""
+    data: Path | None = None
+    """A file or a folder of text. Left out: the Python standard library's own sources."""
+    layers: int = 6
+    """Transformer blocks; each is one FSDP unit with one region inside."""
+    width: int = 128
+    """Channels of the residual stream; a multiple of --heads."""
+    heads: int = 4
+    """Attention heads."""
+    context: int = 128
+    """Bytes per sequence."""
+    batch: int = 8
+    """Sequences per rank and step."""
+    dropout: float = 0.1
+    """Dropout probability, in attention and after each half of a block."""
+    lr: float = 2e-3
+    """AdamW's learning rate."""
+    seed: int = 0
+    """Seeds the parameters, the data order and each rank's dropout."""
+    save: Path | None = None
+    """Folder for checkpoints: model, optimizer, data position and RNG of every rank."""
+    save_every: int = 0
+    """Save after every N steps; 0 saves once, at the end, if --save is given."""
+    resume: Path | None = None
+    """Folder that --save wrote, or one step-* folder in it; the newest complete one is used."""
+
+    def check(self) -> None:
+        """Raise BadOption, with what to write instead, if the job cannot run like this."""
+        for name in ("steps", "layers", "width", "heads", "context", "batch"):
+            if getattr(self, name) < 1:
+                raise BadOption(f"--{name} is {getattr(self, name)}", fix="give 1 or more")
+        if self.width % self.heads:
+            near = max(self.heads, self.width // self.heads * self.heads)
+            raise BadOption(f"--width {self.width} is no multiple of --heads {self.heads}", fix=f"try {near}")
+        if not 0 <= self.dropout < 1:
+            raise BadOption(f"--dropout is {self.dropout}", fix="give a probability, at least 0 and below 1")
+        if self.lr <= 0:
+            raise BadOption(f"--lr is {self.lr}", fix="give a number above 0")
+        if self.save_every < 0:
+            raise BadOption(f"--save-every is {self.save_every}", fix="give steps, or 0 to save at the end")
+        if self.save_every and self.save is None:
+            raise BadOption("--save-every has nowhere to write", fix="add --save FOLDER")
+        if self.compare and (self.save or self.resume):
+            raise BadOption("--compare keeps no model", fix="leave out --save and --resume")
+        if self.save is not None and self.save.exists() and not self.save.is_dir():
+            raise BadOption(f"--save {self.save} is a file", fix="give a folder")
+
+    def identity(self) -> dict[str, str]:
+        """The options that decide the numbers, as text: what a checkpoint and its resume must share."""
+        return {name: str(getattr(self, name)) for name in SAME_ON_RESUME}
