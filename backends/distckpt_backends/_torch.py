@@ -1,7 +1,9 @@
-"""Private or version-dependent names of torch and torch_xla that the backends need; nothing else may use any."""
+"""Private or version-dependent names of torch and torch_xla that the backends need; nothing else may use
+any."""
 
 from __future__ import annotations
 
+import os
 import sys
 from types import ModuleType
 from typing import Any
@@ -47,10 +49,11 @@ def is_device_type(name: str) -> bool:
 
 
 def registered_module_types() -> tuple[str, ...]:
-    """Device types that someone gave a module through torch's registration function, beside those torch ships.
+    """Device types that someone gave a module through torch's registration function, beside those torch
+    ships.
 
-    That function puts the module into `sys.modules` as `torch.<type>`; only types that torch has no module for are
-    asked, so the list is fixed.
+    That function puts the module into `sys.modules` as `torch.<type>`; only types that torch has no module
+    for are asked, so the list is fixed.
     """
     return tuple(k for k in _WITHOUT_MODULE if f"torch.{k}" in sys.modules)
 
@@ -62,3 +65,76 @@ def in_bad_fork(module: Any) -> bool:
     """True in a forked child of a process that had the device initialised: its runtime cannot be used."""
     check = getattr(module, "_is_in_bad_fork", None)
     return bool(check is not None and check())
+
+
+# torch_xla 2.9 --------------------------------------------------------------------------------------------
+
+
+def xla_module() -> Any:
+    """torch_xla, imported now if it was not."""
+    import torch_xla
+
+    return torch_xla
+
+
+def xla_is_initialized() -> bool:
+    """True when torch_xla is imported and its runtime is up; imports nothing."""
+    module = sys.modules.get("torch_xla")
+    native = getattr(module, "_XLAC", None)  # missing while torch_xla is still being imported
+    return native is not None and native._xla_runtime_is_initialized()
+
+
+def pjrt_device() -> str | None:
+    """The PJRT device that the environment names ("CPU", "TPU"); None when none does. Imports nothing."""
+    value = os.environ.get("PJRT_DEVICE")
+    return value.split("_")[0] if value else None
+
+
+def xla_devices() -> list[str]:
+    """The device names of this process, such as "xla:0"; one virtual device under SPMD. Initialises the
+    runtime."""
+    from torch_xla.core import xla_model
+
+    return xla_model.get_xla_supported_devices()
+
+
+def xla_default_device() -> str:
+    """The name of the device that "xla" without an index means. Initialises the runtime."""
+    return sys.modules["torch_xla"]._XLAC._xla_get_default_device()
+
+
+def xla_get_seed(device: str) -> int:
+    """The running seed of `device`: half the cost of the public function, which formats the name again."""
+    return sys.modules["torch_xla"]._XLAC._xla_get_rng_seed(device)
+
+
+def xla_set_seed(seed: int, device: str) -> None:
+    """Set the running seed of `device`, an unsigned 64-bit int."""
+    sys.modules["torch_xla"]._XLAC._xla_set_rng_seed(seed, device)
+
+
+def xla_memory(device: str) -> dict[str, Any]:
+    """Memory of `device` in bytes: bytes_used, bytes_limit, peak_bytes_used. RuntimeError on the CPU
+    runtime."""
+    from torch_xla.core import xla_model
+
+    return dict(xla_model.get_memory_info(torch.device(device)))
+
+
+def xla_barrier(tensors: list[torch.Tensor]) -> None:
+    """Put the graph nodes of these tensors, all of one device, behind one optimization barrier, in place."""
+    from torch_xla.core import xla_model
+
+    xla_model.optimization_barrier_(tensors)
+
+
+def xla_sync(device: str) -> None:
+    """Compile and run everything pending on `device` and wait for it.
+
+    `torch_xla.sync` serves the default device only, so other devices go to the step marker below it.
+    """
+    torch_xla = sys.modules["torch_xla"]
+    if device == torch_xla._XLAC._xla_get_default_device():
+        torch_xla.sync(wait=True)
+    else:
+        torch_xla._XLAC._xla_step_marker(device, [], wait=True)

@@ -1,8 +1,9 @@
 """Random state of a device whose stream records a graph.
 
-Inside a capture the counter that moves is the graph's own, and the host-side seed and offset may not be read. torch
-2.13 and later give and take it through `get_state` and `set_state`; older versions refuse both. Nothing here depends
-on the version: what torch refuses is kept as unreadable, and becomes an error only when a region has to know.
+Inside a capture the counter that moves is the graph's own, and the host-side seed and offset may not be read.
+torch 2.13 and later give and take it through `get_state` and `set_state`; older versions refuse both. Nothing
+here depends on the version: what torch refuses is kept as unreadable, and becomes an error only when a region
+has to know.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def unreadable_capture(device: torch.device) -> GraphCaptureError:
     return GraphCaptureError(
         f"the random state of {device} cannot be read while a graph is captured",
         why=f"torch {torch.__version__} gives generator states during capture only from version 2.13 on",
-        fix="use torch 2.13 or later; or preserve_rng_state=False if the region draws no random numbers on this device",
+        fix="use torch 2.13 or later; or preserve_rng_state=False if the region draws nothing on this device",
     )
 
 
@@ -68,6 +69,6 @@ def crossed_capture(device: torch.device, capturing: bool) -> GraphCaptureError:
     recorded, replayed = ("before", "inside") if capturing else ("inside", "outside")
     return GraphCaptureError(
         f"a random state of {device} was stashed {recorded} a graph capture and is wanted back {replayed} it",
-        why="inside a capture the generator counts from the start of the graph, so the two are not comparable",
+        why="inside a capture the generator counts from the graph's start, so the two are not comparable",
         fix="run a region's forward and its backward both inside, or both outside, of the capture",
     )

@@ -17,7 +17,8 @@ _SIZE = _get_state().numel()  # 5056 bytes in every torch so far
 
 
 class CpuBackend(Backend):
-    """The host. A state is the whole byte tensor: a shorter fingerprint misses some draws and the normal cache."""
+    """The host. A state is the whole byte tensor: a shorter fingerprint misses some draws and the normal
+    cache."""
 
     device_type = "cpu"
     capabilities = Capabilities(
@@ -66,7 +67,8 @@ class CpuBackend(Backend):
         return memcmp(now.data_ptr(), state.data_ptr(), _SIZE) != 0
 
     def rng_restore(self, device: torch.device, state: torch.Tensor) -> None:
-        # torch takes two sizes, so the size is checked here; the rest it checks itself, before it writes anything
+        # torch takes two sizes, so the size is checked here; the rest it checks itself, before it writes
+        # anything
         try:
             if state.numel() == _SIZE:
                 return _set_state(state)

@@ -8,8 +8,8 @@ from .generator import GeneratorBackend
 
 
 class CudaBackend(GeneratorBackend):
-    """One Philox generator per GPU; `torch.cuda.default_generators` is empty until the first CUDA call, so asking
-    whether it is live touches no driver."""
+    """One Philox generator per GPU; `torch.cuda.default_generators` is empty until the first CUDA call, so
+    asking whether it is live touches no driver."""
 
     def __init__(self) -> None:
         super().__init__("cuda", torch.cuda)

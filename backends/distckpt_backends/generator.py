@@ -1,4 +1,5 @@
-"""Device types whose torch module has `default_generators`: CUDA, ROCm, XPU, MTIA and renamed PrivateUse1 devices."""
+"""Device types whose torch module has `default_generators`: CUDA, ROCm, XPU, MTIA and renamed PrivateUse1
+devices."""
 
 from __future__ import annotations
 
@@ -17,10 +18,11 @@ from .state import foreign, is_bytes, same_bytes
 
 
 class GeneratorBackend(Backend):
-    """A counter-based generator per device: (seed, offset) is both the stash and the fingerprint, without a tensor.
+    """A counter-based generator per device: (seed, offset) is both the stash and the fingerprint, without a
+    tensor.
 
-    Where a generator has no offset its byte state is used instead. Raises BackendLoadError (DC206) when torch has no
-    module for the device type.
+    Where a generator has no offset its byte state is used instead. Raises BackendLoadError (DC206) when torch
+    has no module for the device type.
     """
 
     def __init__(self, device_type: str, module: ModuleType | None = None) -> None:
@@ -38,7 +40,7 @@ class GeneratorBackend(Backend):
         self._capture_check = getattr(found, "is_current_stream_capturing", None)
         self.capabilities: Capabilities = capabilities_of(found, device_type, cheap=True)
 
-    # Discovery ---------------------------------------------------------------------------------------------------
+    # Discovery ----------------------------------------------------------------------------------------
 
     def why_unavailable(self) -> str | None:
         return unavailable_reason(self._module, self.device_type)
@@ -65,7 +67,7 @@ class GeneratorBackend(Backend):
         guard = getattr(self._module, "device", None)
         return nullcontext() if guard is None else guard(device.index)
 
-    # Random state ------------------------------------------------------------------------------------------------
+    # Random state -------------------------------------------------------------------------------------
 
     def rng_stash(self, device: torch.device) -> RngState:
         generator = self._generator(device)
@@ -137,7 +139,7 @@ class GeneratorBackend(Backend):
             )
         raise self._bad_device(device)
 
-    # Memory, streams, synchronisation ----------------------------------------------------------------------------
+    # Memory, streams, synchronisation -----------------------------------------------------------------
 
     def memory(self, device: torch.device) -> MemoryStats | None:
         if not self.capabilities.current_memory:

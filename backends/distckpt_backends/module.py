@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -12,16 +12,16 @@ from . import _torch
 from .errors import BackendLoadError, NoRngError
 from .protocol import Backend, Capabilities, MemoryStats
 from .shape import capabilities_of, unavailable_reason
-from .state import foreign, is_bytes, same_bytes
+from .state import foreign, read_bytes, write_bytes
 
 
 class ModuleBackend(Backend):
-    """The state is the byte tensor of the module's functions. A module without them works for regions without RNG.
+    """The state is the bytes that the module's functions give. Without them only regions without RNG work.
 
     Raises BackendLoadError (DC206) when torch has no module for the device type.
     """
 
-    _why: dict[str, str] = {}
+    _why: ClassVar[dict[str, str]] = {}
 
     def __init__(self, device_type: str, module: ModuleType | None = None) -> None:
         found = module if module is not None else _torch.device_module(device_type)
@@ -34,21 +34,25 @@ class ModuleBackend(Backend):
         self.device_type = device_type
         self._module: Any = found
         self._live: tuple[torch.device, ...] = ()
+        self._seen = False  # found available once
         rng = hasattr(found, "get_rng_state") and hasattr(found, "set_rng_state")
         self.capabilities: Capabilities = capabilities_of(
             found, device_type, cheap=False, rng=rng, why=self._why
         )
 
-    # Discovery ---------------------------------------------------------------------------------------------------
+    # Discovery ----------------------------------------------------------------------------------------
 
     def why_unavailable(self) -> str | None:
         return unavailable_reason(self._module, self.device_type)
 
     def is_initialized(self) -> bool:
-        # a module that cannot tell is taken to be initialised when it is available: reading its state then is safe,
-        # and not reading it would be torch's silent mistake with MPS
+        # A module that cannot tell counts as initialised where it is available: reading its state is then
+        # safe, and not reading it is how torch goes silently wrong with MPS.
         check = getattr(self._module, "is_initialized", None)
-        return self.is_available() if check is None else bool(check())
+        if check is not None:
+            return bool(check())
+        self._seen = self._seen or self.is_available()
+        return self._seen
 
     def device_count(self) -> int:
         return self._module.device_count() if self.is_available() else 0
@@ -69,23 +73,22 @@ class ModuleBackend(Backend):
         guard = getattr(self._module, "device", None)
         return nullcontext() if guard is None else guard(device.index)
 
-    # Random state ------------------------------------------------------------------------------------------------
+    # Random state -------------------------------------------------------------------------------------
 
-    def rng_stash(self, device: torch.device) -> torch.Tensor:
+    def rng_stash(self, device: torch.device) -> bytes:
         self._check(device)
-        # some modules hand out their live buffer; a stash must not move with the generator
-        return self._module.get_rng_state(device.index).clone()
+        # bytes, as some modules hand out their live buffer, and a stash must not move with the generator
+        return read_bytes(self._module.get_rng_state(device.index))
 
-    def rng_moved(self, device: torch.device, state: torch.Tensor) -> bool:
-        self._check(device)
-        return not same_bytes(self._module.get_rng_state(device.index), state)
-
-    def rng_restore(self, device: torch.device, state: torch.Tensor) -> None:
+    def rng_restore(self, device: torch.device, state: bytes) -> None:
         self._check(device)
         size = self._module.get_rng_state(device.index).numel()
-        if not is_bytes(state, size):
-            raise foreign(self.device_type, f"{size} bytes in a uint8 CPU tensor", state)
-        self._module.set_rng_state(state, device.index)
+        if type(state) is not bytes or len(state) != size:
+            raise foreign(self.device_type, f"{size} bytes", state)
+        try:
+            self._module.set_rng_state(write_bytes(state), device.index)
+        except RuntimeError as error:
+            raise foreign(self.device_type, f"{size} bytes that its generator accepts", state) from error
 
     def _check(self, device: torch.device) -> None:
         if not self.capabilities.rng:
@@ -97,7 +100,7 @@ class ModuleBackend(Backend):
         if device.type != self.device_type or device.index is None or device.index >= self.device_count():
             raise self._bad_device(device)
 
-    # Memory, streams, synchronisation ----------------------------------------------------------------------------
+    # Memory, streams, synchronisation -----------------------------------------------------------------
 
     def memory(self, device: torch.device) -> MemoryStats | None:
         if not self.capabilities.current_memory:

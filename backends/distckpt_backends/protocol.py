@@ -4,7 +4,8 @@ Rules for implementers:
 
 * Discovery (`why_unavailable`, `is_initialized`, `device_count`, `live_devices`) never raises and never
   initialises a runtime.
-* RNG calls happen on the host: no device synchronisation, no kernel, no aten op that a dispatch mode could see.
+* RNG calls happen on the host: no device synchronisation, no kernel, no aten op that a dispatch mode could
+  see.
 * A state is opaque, belongs to the backend that made it, and is never changed after it was handed out.
 """
 
@@ -73,7 +74,8 @@ class AutocastState:
 
 
 class Backend:
-    """One device type. Subclasses override what differs from a device without generators, streams or memory counts."""
+    """One device type. Subclasses override what differs from a device without generators, streams or memory
+    counts."""
 
     device_type: str
     capabilities: Capabilities
@@ -81,7 +83,7 @@ class Backend:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.device_type}>"
 
-    # Discovery ---------------------------------------------------------------------------------------------------
+    # Discovery ----------------------------------------------------------------------------------------
 
     def why_unavailable(self) -> str | None:
         """Why this machine cannot use the device type; None when it can."""
@@ -111,10 +113,11 @@ class Backend:
         """Make `device` current inside the block; does nothing where only one device exists."""
         return nullcontext()
 
-    # Random state ------------------------------------------------------------------------------------------------
+    # Random state -------------------------------------------------------------------------------------
 
     def rng_stash(self, device: torch.device) -> RngState:
-        """The random state of `device`. Raises DeviceError (DC203), or GraphCaptureError (DC205) under capture."""
+        """The random state of `device`. Raises DeviceError (DC203), or GraphCaptureError (DC205) under
+        capture."""
         raise NotImplementedError
 
     def rng_restore(self, device: torch.device, state: RngState) -> None:
@@ -122,12 +125,14 @@ class Backend:
         raise NotImplementedError
 
     def rng_moved(self, device: torch.device, state: RngState) -> bool:
-        """True when anything was drawn on `device` since `state` was stashed (or the state was set elsewhere)."""
+        """True when anything was drawn on `device` since `state` was stashed (or the state was set
+        elsewhere)."""
         return self.rng_stash(device) != state
 
     @contextmanager
     def rng_fork(self, devices: Iterable[torch.device] | None = None) -> Iterator[None]:
-        """Put the random state of `devices` (default: the live ones) back on exit, also after an exception."""
+        """Put the random state of `devices` (default: the live ones) back on exit, also after an
+        exception."""
         held = [(d, self.rng_stash(d)) for d in (self.live_devices() if devices is None else tuple(devices))]
         try:
             yield
@@ -139,7 +144,7 @@ class Backend:
         """True while the current stream of `device` records a device graph."""
         return False
 
-    # Autocast ----------------------------------------------------------------------------------------------------
+    # Autocast -----------------------------------------------------------------------------------------
 
     def autocast_state(self) -> AutocastState | None:
         """Autocast of this device type now; None where autocast does not exist."""
@@ -158,7 +163,7 @@ class Backend:
             self.device_type, dtype=state.dtype, enabled=state.enabled, cache_enabled=state.cache_enabled
         )
 
-    # Memory, streams, synchronisation ----------------------------------------------------------------------------
+    # Memory, streams, synchronisation -----------------------------------------------------------------
 
     def memory(self, device: torch.device) -> MemoryStats | None:
         """Memory of `device` in bytes; None where it is not counted."""
@@ -176,17 +181,19 @@ class Backend:
         return None
 
     def synchronize(self, device: torch.device | None = None) -> None:
-        """Wait until everything asked of `device` (default: the current one) is done; deferred backends flush first."""
+        """Wait until everything asked of `device` (default: the current one) is done; deferred backends flush
+        first."""
 
-    # Compiled backends -------------------------------------------------------------------------------------------
+    # Compiled backends --------------------------------------------------------------------------------
 
     def barrier(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Tie the tensors together for the compiler: each result equals its input, and none can be computed, or merged
-        with an equal computation, before all inputs exist. Functional; eager devices return the tensors themselves.
+        """Tie the tensors together for the compiler: each result equals its input, and none can be computed,
+        or merged with an equal computation, before all inputs exist. Functional; eager devices return the
+        tensors themselves.
         """
         return list(tensors)
 
-    # For subclasses ----------------------------------------------------------------------------------------------
+    # For subclasses -----------------------------------------------------------------------------------
 
     def _bad_device(self, device: object) -> DeviceError:
         return DeviceError(

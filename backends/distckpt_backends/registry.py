@@ -1,7 +1,8 @@
-"""The table of device types: built-in files, the entry point group `distckpt.backends`, and torch's own modules.
+"""The table of device types: built-in files, the entry point group `distckpt.backends`, and torch's own
+modules.
 
-A backend is loaded when its type is first asked for. Looking at the table imports no torch_xla and initialises no
-device runtime.
+A backend is loaded when its type is first asked for. Looking at the table imports no torch_xla and
+initialises no device runtime.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def live() -> tuple[Backend, ...]:
 def register_backend(device_type: str, factory: Factory, *, replace: bool = False) -> None:
     """Use `factory()` for `device_type` from now on, loaded at the first use.
 
-    Raises DuplicateBackendError (DC202) when the type is built in or registered already and `replace` is False.
+    Raises DuplicateBackendError (DC202) when the type is built in or registered already and `replace` is
+    False.
     """
     global _scanned
     with _lock:
@@ -80,7 +82,8 @@ def register_backend(device_type: str, factory: Factory, *, replace: bool = Fals
 
 
 def unregister_backend(device_type: str) -> None:
-    """Forget what register_backend() set for `device_type`; a built-in backend comes back. Unknown types are ignored."""
+    """Forget what register_backend() set for `device_type`; a built-in backend comes back. Unknown types are
+    ignored."""
     global _scanned
     with _lock:
         _factories.pop(device_type, None)
@@ -89,7 +92,8 @@ def unregister_backend(device_type: str) -> None:
 
 
 def known_types() -> tuple[str, ...]:
-    """Every device type that get() could be asked for here: built in, registered, of a package, or torch's own."""
+    """Every device type that get() could be asked for here: built in, registered, of a package, or torch's
+    own."""
     found = [*BUILTIN, *_factories, *_entry_table(), *_possible()]
     return tuple(dict.fromkeys(found))
 
@@ -163,8 +167,8 @@ def _generic(device_type: str) -> Backend:
     if module is None:
         raise UnknownDeviceTypeError(
             f"no backend for device type {device_type!r}",
-            why=f"it is not built in ({', '.join(BUILTIN)}), no installed package provides it under {GROUP!r}, "
-            f"and torch.{device_type} does not exist",
+            why=f"it is not built in ({', '.join(BUILTIN)}), no installed package provides it "
+            f"under {GROUP!r}, and torch.{device_type} does not exist",
             fix="import the package that provides the device, or register_backend() one of your own",
         )
     if hasattr(module, "default_generators"):

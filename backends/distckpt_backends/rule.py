@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 
 def select(device_types: Sequence[str]) -> str | None:
-    """The device type of a region, from the types of its tensors in call order; None when only the host is used.
+    """The device type of a region, from the types of its tensors in call order; None when only the host is
+    used.
 
     `cpu` and `meta` never count. `cuda` wins over the others; without it the first met wins.
     """
@@ -20,6 +21,7 @@ def select(device_types: Sequence[str]) -> str | None:
 
 
 def others(device_types: Sequence[str]) -> tuple[str, ...]:
-    """The types, each once and in call order, that count but were not selected: what a mixed region is refused for."""
+    """The types, each once and in call order, that count but were not selected: what a mixed region is
+    refused for."""
     chosen = select(device_types)
     return tuple(k for k in dict.fromkeys(device_types) if k not in ("cpu", "meta", chosen))

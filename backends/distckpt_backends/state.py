@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from typing import Any
 
 import torch
 
 from .errors import RngStateError
 
-# Comparing through the C library costs two data_ptr() calls and one memcmp: no numpy, no aten op that a dispatch mode
-# would see. PyDLL keeps the GIL, which is cheaper than letting it go for a quarter of a microsecond.
+# Comparing through the C library costs two data_ptr() calls and one memcmp: no numpy, no aten op that a
+# dispatch mode would see. PyDLL keeps the GIL, which is cheaper than letting it go for a quarter of a
+# microsecond.
 memcmp = (ctypes.PyDLL(None) if sys.platform != "win32" else ctypes.cdll.msvcrt).memcmp
 memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 memcmp.restype = ctypes.c_int
@@ -22,7 +24,18 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return size == b.numel() and memcmp(a.data_ptr(), b.data_ptr(), size) == 0
 
 
-def is_bytes(state: object, size: int) -> bool:
+def read_bytes(state: torch.Tensor) -> bytes:
+    """The content of a uint8 tensor, copied without an aten op when it is on the host."""
+    host = state if state.device.type == "cpu" else state.cpu()
+    return ctypes.string_at(host.data_ptr(), host.numel())
+
+
+def write_bytes(state: bytes) -> torch.Tensor:
+    """A uint8 CPU tensor with this content; the opposite of read_bytes()."""
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)
+
+
+def is_bytes(state: Any, size: int) -> bool:
     """True when `state` is a plain, contiguous uint8 CPU tensor of `size` elements."""
     return (
         isinstance(state, torch.Tensor)
@@ -33,10 +46,12 @@ def is_bytes(state: object, size: int) -> bool:
     )
 
 
-def foreign(device_type: str, expected: str, state: object) -> RngStateError:
+def foreign(device_type: str, expected: str, state: Any) -> RngStateError:
     """The error for a state that `device_type` did not make."""
     if isinstance(state, torch.Tensor):
         found = f"a {state.dtype} tensor of {state.numel()} elements on {state.device}"
+    elif isinstance(state, bytes):
+        found = f"{len(state)} bytes"
     elif isinstance(state, (int, tuple)):
         found = f"{state!r}"
     else:
