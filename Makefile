@@ -45,7 +45,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 demo: $(VENV)/.installed
-	$(ONE) $(BIN)/torchrun --nproc_per_node 2 launch/train.py --compare $(if $(STEPS),--steps $(STEPS))
+	$(ONE) $(BIN)/torchrun --standalone --nproc_per_node 2 launch/train.py --compare $(if $(STEPS),--steps $(STEPS))
 
 test-xla: $(XLA)/.installed
 	$(ONE) PJRT_DEVICE=CPU $(XLA)/bin/python -m pytest -q -n $(JOBS) -m "xla and not slow"

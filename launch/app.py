@@ -2,47 +2,52 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
+import torch.distributed as dist
+
 from launch.errors import LaunchError
+from launch.parallel import World, agree, joined
 
 OK, DIFFERS, BAD_INPUT = 0, 1, 2
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the job that the arguments (None: the process's own) ask for; returns the exit code."""
-    first = os.environ.get("RANK", "0") == "0"
-    try:
-        import tyro
+    with joined() as world:
+        try:
+            return _job(arguments, world)
+        except LaunchError as error:
+            if world.first:
+                print(f"launch/train.py: {error.line()}", file=sys.stderr, flush=True)
+            dist.barrier()  # torchrun stops everyone when the first rank leaves: let the message out before
+            return BAD_INPUT
+        except SystemExit:  # from the option parser, which has printed why, or the help text
+            dist.barrier()
+            raise
 
-        from launch.report import Report
+
+def _job(arguments: Sequence[str] | None, world: World) -> int:
+    try:
+        import plotille  # noqa: F401
+        import rich  # noqa: F401
+        import tyro
     except ModuleNotFoundError as missing:
-        return _refuse(f"{missing.name} is not installed: pip install -e '.[cli]'", first)
+        raise LaunchError(f"{missing.name} is not installed", fix="pip install -e '.[cli]'") from missing
     from launch import compare, data, loop, state
     from launch.options import Options
-    from launch.parallel import agree, joined
+    from launch.report import Report
 
-    options = tyro.cli(Options, args=arguments, prog="launch/train.py", console_outputs=first)
-    try:
-        options.check()
-        with joined() as world:
-            report = Report(quiet=not world.first)
-            text = agree(lambda: data.read(options.data, options.context))
-            if options.compare:
-                results = compare.compare(options, text, world, report)
-                compare.show(results, options, world, report)
-                return OK if compare.exact(results) else DIFFERS
-            folder = options.resume
-            found = None if folder is None else agree(lambda: state.find(folder, options, world))
-            loop.train(options, text, world, report, found)
-            return OK
-    except LaunchError as error:
-        return _refuse(error.line(), first)
-
-
-def _refuse(line: str, first: bool) -> int:
-    if first:
-        print(f"launch/train.py: {line}", file=sys.stderr)
-    return BAD_INPUT
+    options = tyro.cli(Options, args=arguments, prog="launch/train.py", console_outputs=world.first)
+    options.check()
+    report = Report(quiet=not world.first)
+    text = agree(lambda: data.read(options.data, options.context))
+    if options.compare:
+        results = compare.compare(options, text, world, report)
+        compare.show(results, options, world, report)
+        return OK if compare.exact(results) else DIFFERS
+    folder = options.resume
+    found = None if folder is None else agree(lambda: state.find(folder, options, world))
+    loop.train(options, text, world, report, found)
+    return OK

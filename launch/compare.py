@@ -13,7 +13,7 @@ from launch.measure import Memory, memory
 from launch.options import Options
 from launch.parallel import World, everyone
 from launch.regions import MODES
-from launch.report import Report, megabytes
+from launch.report import Report, megabytes, ranks
 from launch.trainer import Trainer
 
 WARM = 2  # first steps, not timed
@@ -58,9 +58,9 @@ def compare(options: Options, text: torch.Tensor, world: World, report: Report) 
 
 
 def _largest(mine: Memory) -> Memory:
-    ranks = [rank for rank in everyone(mine) if isinstance(rank, Memory)]
+    every = [memory for memory in everyone(mine) if isinstance(memory, Memory)]
     return Memory(
-        peak=max(r.peak for r in ranks), kept=max(r.kept for r in ranks), runs=max(r.runs for r in ranks)
+        peak=max(m.peak for m in every), kept=max(m.kept for m in every), runs=max(m.runs for m in every)
     )
 
 
@@ -86,7 +86,7 @@ def show(results: dict[str, Result], options: Options, world: World, report: Rep
         "step time over torch's": [f"{ratio(r, torch_):.3f}" for r in results.values()],
     }
     title = (
-        f"{options.steps} steps, {world.size} ranks, {options.dtype}, {options.layers} blocks of "
+        f"{options.steps} steps, {ranks(world.size)}, {options.dtype}, {options.layers} blocks of "
         f"{options.width}, {options.batch} x {options.context} bytes a rank, dropout {options.dropout:g}"
     )
     report.table(title, [_HEADS[mode] for mode in results], rows)

@@ -9,7 +9,7 @@ import torch
 from launch import state
 from launch.options import Options
 from launch.parallel import World
-from launch.report import Report
+from launch.report import Report, ranks
 from launch.trainer import Trainer
 
 
@@ -55,4 +55,4 @@ def show(
         "last gradients": [digest["gradients"]],
         "last parameters": [digest["parameters"]],
     }
-    report.table(f"{world.size} ranks, {options.dtype}, checkpoint: {options.ckpt}", ["value"], rows)
+    report.table(f"{ranks(world.size)}, {options.dtype}, checkpoint: {options.ckpt}", ["value"], rows)

@@ -16,7 +16,7 @@ SAME_ON_RESUME = ("dtype", "layers", "width", "heads", "context", "batch", "drop
 class Options:
     """Train a byte-level GPT on real text, with its blocks recomputed in backward.
 
-    Run it under torchrun, for example: torchrun --nproc_per_node 2 launch/train.py --compare
+    Run it under torchrun, for example: torchrun --standalone --nproc_per_node 2 launch/train.py --compare
     """
 
     ckpt: Literal["none", "torch", "distckpt"] = "distckpt"

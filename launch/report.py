@@ -70,11 +70,16 @@ class Report:
         self._console.print(table)
 
 
-def _label(value: float, chars: int, delta: float, left: bool = False) -> str:
-    text = f"{value:.2f}"
+def _label(val: float, chars: int, delta: float, left: bool = False) -> str:
+    text = f"{val:.2f}"
     return text.ljust(chars) if left else text.rjust(chars)
 
 
 def megabytes(count: int) -> str:
     """Bytes as megabytes, for people: 12.3 MB."""
     return f"{count / 1e6:.1f} MB"
+
+
+def ranks(count: int) -> str:
+    """How many ranks, in words: 1 rank, 2 ranks."""
+    return f"{count} rank" if count == 1 else f"{count} ranks"

@@ -84,8 +84,8 @@ def find(folder: Path, options: Options, world: World) -> Found:
     note = json.loads((newest / NOTE).read_text())
     if note["ranks"] != world.size:
         raise BadCheckpoint(
-            f"--resume {newest} was made by {note['ranks']} ranks, not {world.size}",
-            fix=f"start with --nproc_per_node {note['ranks']}: each rank has random numbers of its own",
+            f"--resume {newest} was made with --nproc_per_node {note['ranks']}, not {world.size}",
+            fix="start as many: each rank has random numbers of its own",
         )
     for name, value in options.identity().items():
         if note["options"].get(name) != value:

@@ -1,8 +1,8 @@
 """Train a byte-level GPT on real text, with its blocks recomputed in backward.
 
-    torchrun --nproc_per_node 2 launch/train.py --compare
-    torchrun --nproc_per_node 2 launch/train.py --steps 200 --save runs/a --save-every 50
-    torchrun --nproc_per_node 2 launch/train.py --steps 200 --resume runs/a
+    torchrun --standalone --nproc_per_node 2 launch/train.py --compare
+    torchrun --standalone --nproc_per_node 2 launch/train.py --steps 200 --save runs/a --save-every 50
+    torchrun --standalone --nproc_per_node 2 launch/train.py --steps 200 --resume runs/a
 
 Exit code: 0, or 1 if a comparison is not equal to the bit, or 2 for input it cannot use.
 """

@@ -1,0 +1,29 @@
+"""Runs the training job as a user does: under torchrun, in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--layers", "2", "--width", "32", "--context", "16", "--batch", "2"]
+
+
+def torchrun(*arguments: object, ranks: int = 2, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run launch/train.py on a small model; a free port is torchrun's to find."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command += ["launch/train.py", *SMALL, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def cells(output: str, row: str) -> list[str]:
+    """The cells of a table's row, by the row's name."""
+    found = re.search(rf"^│ {re.escape(row)} +│(.+)│$", output, re.MULTILINE)
+    assert found, f"no row {row!r} in:\n{output}"
+    return [cell.strip() for cell in found[1].split("│")]

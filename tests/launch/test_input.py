@@ -1,0 +1,76 @@
+"""What the job says to input that it cannot use: one line, the fix in it, exit code 2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tyro", reason="launch/ needs the cli extra: pip install -e '.[cli]'")
+
+from launch.app import BAD_INPUT, run
+from launch.state import NOTE
+
+SMALL = ["--layers", "1", "--width", "8", "--context", "8", "--ckpt", "none"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--width", "30"], ["DC501", "multiple of --heads 4", "try 28"]),
+        (["--steps", "0"], ["DC501", "--steps is 0", "1 or more"]),
+        (["--dropout", "1"], ["DC501", "below 1"]),
+        (["--lr", "0"], ["DC501", "above 0"]),
+        (["--save-every", "2"], ["DC501", "--save FOLDER"]),
+        (["--save-every", "-1"], ["DC501", "0 to save at the end"]),
+        (["--compare", "--resume", "x"], ["DC501", "leave out --save and --resume"]),
+        (["--resume", "nowhere"], ["DC503", "the folder that --save wrote"]),
+        (["--data", "nowhere"], ["DC502", "give a file or a folder"]),
+    ],
+)
+def test_bad_input_is_one_line_with_the_fix_and_exit_code_2(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == BAD_INPUT
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert all(word in said[0] for word in words), said[0]
+
+
+def test_too_little_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "short.txt").write_text("twelve bytes")
+    assert run([*SMALL, "--data", str(tmp_path)]) == BAD_INPUT
+    assert "has 12 bytes of text, too few" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("note", "words"),
+    [
+        ({"step": 2, "ranks": 4}, "--nproc_per_node 4, not 1"),
+        ({"step": 2, "ranks": 1, "options": {"dtype": "bf16"}}, "--dtype bf16, not fp32"),
+    ],
+)
+def test_a_checkpoint_of_another_job_is_refused(
+    note: dict[str, object], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / NOTE).write_text(json.dumps({"options": {}, **note}))
+    assert run([*SMALL, "--resume", str(tmp_path)]) == BAD_INPUT
+    assert words in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_past_the_last_step_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*SMALL, "--steps", "1", "--save", str(tmp_path)]) == 0
+    assert run([*SMALL, "--steps", "1", "--resume", str(tmp_path)]) == BAD_INPUT
+    assert "give --steps above 1" in capsys.readouterr().err
+
+
+def test_a_folder_that_was_not_written_to_the_end_is_no_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*SMALL, "--steps", "2", "--save", str(tmp_path), "--save-every", "1"]) == 0
+    (tmp_path / "step-000002" / NOTE).unlink()
+    assert run([*SMALL, "--steps", "2", "--resume", str(tmp_path)]) == 0
+    assert "step-000001 after 1 steps" in capsys.readouterr().out
