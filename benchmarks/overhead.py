@@ -1,8 +1,9 @@
 """CPU cost of one region over the plain call, ours against torch.utils.checkpoint.
 
 A segment is a chain of ``sin`` (and ``cos``) on four floats: every op saves exactly one tensor and does next
-to no arithmetic, so what is left is the engine. Costs are microseconds of thread CPU time, forward and backward
-together, with the plain call's own time taken off; they include the replay's second run of the ops.
+to no arithmetic, so what is left is the engine. Costs are microseconds of thread CPU time, forward and
+backward together, with the plain call's own time taken off; they include the replay's second run of the
+ops.
 
     python benchmarks/overhead.py              every variant, writes benchmarks/results/overhead.json
     python benchmarks/overhead.py --quick      the three headline ratios, some 15 seconds, writes nothing

@@ -1,8 +1,8 @@
 """Interleaved timing of many small calls in thread CPU time.
 
 Cores that other jobs share make single timings useless. So every round times every contestant once, right
-after each other; the smallest and the median round are kept, the cyclic garbage collector is off, and one thread
-works.
+after each other; the smallest and the median round are kept, the cyclic garbage collector is off, and one
+thread works.
 """
 
 from __future__ import annotations

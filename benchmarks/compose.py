@@ -1,0 +1,86 @@
+"""The long run of the composition suite: 10,000 random programs against plain autograd, to the bit.
+
+    python benchmarks/compose.py                          dc and compat, 10,000 each
+    python benchmarks/compose.py --engine dc --count 500 --seed 7 --no-write
+
+Programs come in chunks with a seed each. A chunk that meets a disagreement stops at the shrunk program,
+which is printed and counted as a failure; the other chunks go on. The result is
+benchmarks/results/compose-<engine>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import write
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from composition.engines import engine
+from composition.sweep import Tally, sweep
+
+CHUNK = 250
+
+
+def run(name: str, count: int, start: int) -> dict[str, Any]:
+    """Judge ``count`` programs with one engine and return what is worth keeping."""
+    tally, failures = Tally(), []
+    began = time.perf_counter()
+    subject = engine(name)
+    for number, first in enumerate(range(0, count, CHUNK)):
+        try:
+            sweep(subject, min(CHUNK, count - first), start + number, tally)
+        except Exception as error:
+            notes = "\n".join(getattr(error, "__notes__", []))
+            failures.append({"seed": start + number, "error": str(error), "program": notes})
+            print(f"seed {start + number}: {error}\n{notes}\n", flush=True)
+        done = sum(tally.verdicts.values())
+        if sys.stderr.isatty():
+            print(
+                f"\r{name}: {done} of {count}, {len(failures)} failures", end="", file=sys.stderr, flush=True
+            )
+    return {
+        "engine": name,
+        "programs": sum(tally.verdicts.values()),
+        "asked": count,
+        "seeds": [start, start + (count - 1) // CHUNK],
+        "seconds": round(time.perf_counter() - began),
+        "verdicts": dict(tally.verdicts.most_common()),
+        "failures": failures,
+        "reasons": dict(tally.reasons.most_common()),
+        "features": dict(sorted(tally.features.items())),
+    }
+
+
+def main() -> int:
+    """Run from the command line; the exit status is the number of engines with failures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--engine", default="dc,compat", help="engines, comma separated: dc, compat, torch, plain"
+    )
+    parser.add_argument("--count", type=int, default=10_000, help="programs per engine")
+    parser.add_argument("--seed", type=int, default=1_000, help="seed of the first chunk")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    failed = 0
+    for name in options.engine.split(","):
+        result = run(name, options.count, options.seed)
+        failed += bool(result["failures"])
+        print(
+            f"{name}: {result['programs']} programs, {result['verdicts']}, {len(result['failures'])} failures"
+        )
+        if not options.no_write:
+            write(f"compose-{name}", f"python benchmarks/compose.py --engine {name}", result)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Proof by composition: random programs, run with regions and without, compared to the bit."""

@@ -1,0 +1,69 @@
+"""Rewrite a program into one that torch.utils.checkpoint is known to run right.
+
+The ``dc`` surface takes programs as drawn. torch's own engine, and the ``compat`` surface where it keeps
+torch's behaviour, have known wrong results and errors; each rewrite below names one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from . import program as p
+
+
+def for_torch(program: p.Program) -> p.Program:
+    """Return the program without what torch's engine gets wrong or refuses."""
+    autocast = any(
+        isinstance(step, p.Within) and "autocast" in step.context for step, _ in p.walk(program.body)
+    )
+    # a selective region can be run backward once, and its cache does not know autocast's cache of cast
+    # weights
+    once = program.finish in ("backward", "inputs", "drop")
+    body = _body(program.body, once and not autocast, in_selective=False)
+    if not once or any(isinstance(step, p.InnerGrad) for step, _ in p.walk(program.body)):
+        # a debug region can be replayed once
+        body = _without_debug(body)
+    return replace(program, body=body)
+
+
+def _without_debug(body: tuple[p.Step, ...]) -> tuple[p.Step, ...]:
+    steps: list[p.Step] = []
+    for step in body:
+        if isinstance(step, p.Region):
+            step = replace(step, options=replace(step.options, debug=False))
+        if isinstance(step, p.InnerGrad | p.Within | p.Region):
+            step = replace(step, body=_without_debug(step.body))
+        steps.append(step)
+    return tuple(steps)
+
+
+def _body(body: tuple[p.Step, ...], selective: bool, in_selective: bool) -> tuple[p.Step, ...]:
+    return tuple(_step(step, selective, in_selective) for step in body)
+
+
+def _step(step: p.Step, selective: bool, in_selective: bool) -> p.Step:
+    match step:
+        case p.Custom():
+            # a saved tensor can be unpacked once per backward
+            return replace(step, reads=1)
+        case p.BatchNorm(src):
+            # statistics are updated in the replay again
+            return p.Unary("tanh", src)
+        case p.Draw("rrelu", src):
+            # as the last op under early stop its noise is read before it is drawn
+            return p.Draw("dropout", src)
+        case p.InPlace(_, src, _) if in_selective:
+            # a cached result must not change
+            return p.Unary("halve", src)
+        case p.InnerGrad(src) if in_selective:
+            # a gradient taken inside uses up the one backward
+            return p.Unary("sin", src)
+        case p.InnerGrad() | p.Within():
+            return replace(step, body=_body(step.body, selective, in_selective))
+        case p.Region() if step.options.selective and selective and not in_selective:
+            return replace(step, body=_body(step.body, selective, in_selective=True))
+        case p.Region():
+            # regions inside a selective region replay under its cache, which was filled without them
+            inner = _body(step.body, selective and not in_selective, in_selective)
+            return replace(step, body=inner, options=replace(step.options, selective=None))
+    return step

@@ -1,0 +1,308 @@
+"""Run a program with one engine and keep everything that must not depend on the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import ops
+from . import program as p
+from .engines import Engine
+
+SHAPE = (4, 4)
+
+
+@dataclass
+class Outcome:
+    """Labelled tensors in the order they came to be, or the error that stopped the run.
+
+    ``changed`` tells (plain runs only) how an input of some region was changed in place after the region
+    began: not at all, through a value the region owns, or through one it only closes over.
+    """
+
+    values: list[tuple[str, torch.Tensor | None]] = field(default_factory=list)
+    error: BaseException | None = None
+    changed: str = "no"
+
+    def keep(self, label: str, value: torch.Tensor | None) -> None:
+        """Record a value as it is now."""
+        self.values.append((label, None if value is None else value.detach().clone()))
+
+
+@dataclass(frozen=True)
+class Box:
+    """A dataclass that carries tensors into a region."""
+
+    tensors: tuple[torch.Tensor, ...]
+    label: str
+
+
+class Body(nn.Module):
+    """A region's body in module form, holding the program's parameters and its own batch norm."""
+
+    def __init__(self, machine: Machine, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(machine.weights)
+        self.norm = machine.norm
+        self._run = run
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the body."""
+        return self._run(*args, **kwargs)
+
+
+class Machine:
+    """The state of one run: leaves, parameters, the engine, and what was seen on the way."""
+
+    def __init__(self, program: p.Program, engine: Engine) -> None:
+        self.program = program
+        self.engine = engine
+        self.outcome = Outcome()
+        self.hook_calls = 0
+        self.inner_grads = 0
+        self.entered: list[tuple[torch.Tensor, int, bool]] = []
+        dtype = torch.float64 if program.double else torch.float32
+        source = torch.Generator().manual_seed(program.seed)
+
+        def leaf(*shape: int, requires_grad: bool = True) -> torch.Tensor:
+            return torch.randn(*shape, generator=source, dtype=dtype).requires_grad_(requires_grad)
+
+        self.inputs = [leaf(*SHAPE), leaf(*SHAPE, requires_grad=program.second_requires_grad)]
+        self.weights = [nn.Parameter(leaf(*SHAPE).detach()) for _ in range(2)]
+        self.biases = [nn.Parameter(leaf(SHAPE[0]).detach()) for _ in range(2)]
+        self.norm = nn.BatchNorm1d(SHAPE[1], dtype=dtype)
+        self.mix = leaf(*SHAPE, requires_grad=False)
+
+    def leaves(self) -> list[torch.Tensor]:
+        """Every tensor that gradients are wanted for."""
+        return [x for x in (*self.inputs, *self.weights, *self.biases, self.norm.weight) if x.requires_grad]
+
+    def forward(self) -> list[torch.Tensor]:
+        """Run the program's body on its inputs and return all values."""
+        env = list(self.inputs)
+        self.steps(self.program.body, env)
+        return env
+
+    def steps(self, body: tuple[p.Step, ...], env: list[torch.Tensor]) -> None:
+        """Run steps in order, appending to ``env``."""
+        for step in body:
+            self.step(step, env)
+
+    def step(self, step: p.Step, env: list[torch.Tensor]) -> None:
+        """Run one step."""
+
+        def at(index: int) -> torch.Tensor:
+            return env[index % len(env)]
+
+        match step:
+            case p.Unary(op, src):
+                env.append(ops.UNARY[op](at(src)))
+            case p.Binary(op, left, right):
+                env.append(ops.BINARY[op](at(left), at(right)))
+            case p.Linear(src, param):
+                weight, bias = self.weights[param], self.biases[param]
+                x = at(src) if torch.is_autocast_enabled("cpu") else at(src).to(weight.dtype)
+                env.append(F.linear(x, weight, bias))
+            case p.Draw(op, src):
+                env.append(ops.DRAW[op](at(src)))
+            case p.View(op, src):
+                env.append(ops.VIEW[op](at(src)))
+            case p.InPlace(op, src, fresh):
+                target = env[-1 - src % min(2, len(env))]
+                if fresh or _is_leaf(target):
+                    target = target * 1.0
+                ops.IN_PLACE[op](target)
+                env.append(target)
+            case p.Custom(src, reads):
+                env.append(ops.Twice.apply(at(src), reads))
+            case p.GradHook(src):
+                env.append(self.hooked(at(src)))
+            case p.BatchNorm(src):
+                env.append(self.norm(at(src).to(self.norm.weight.dtype)))
+            case p.InnerGrad():
+                env.append(self.inner_grad(step, at(step.src)))
+            case p.Within(context, body):
+                with self.context(context):
+                    self.steps(body, env)
+            case p.Region():
+                self.region(step, env)
+
+    def hooked(self, x: torch.Tensor) -> torch.Tensor:
+        """Pass a value through a hook that halves its gradient and counts its calls."""
+
+        def hook(grad: torch.Tensor) -> torch.Tensor:
+            # a gradient taken inside a region is taken again by its replay, and its hooks run again with it
+            self.hook_calls += not self.inner_grads
+            return grad * 0.5
+
+        out = x * 1.0
+        if out.requires_grad:
+            out.register_hook(hook)
+        return out
+
+    def inner_grad(self, step: p.InnerGrad, x: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of the step's body at ``x``."""
+        with torch.enable_grad():
+            if step.leaf or not x.requires_grad:
+                x = x.detach().requires_grad_()
+            env = [x]
+            self.steps(step.body, env)
+            total = env[-1].float().sum()
+            if not total.requires_grad:
+                return torch.zeros_like(x)
+            options = {
+                "retain_graph": step.retain_graph or step.create_graph,
+                "create_graph": step.create_graph,
+            }
+            self.inner_grads += 1
+            try:
+                (grad,) = torch.autograd.grad(total, x, allow_unused=True, **options)
+            finally:
+                self.inner_grads -= 1
+        return torch.zeros_like(x) if grad is None else grad
+
+    def context(self, name: str) -> AbstractContextManager[Any]:
+        """Return the context manager called ``name``."""
+        if name == "no_grad":
+            return torch.no_grad()
+        if name == "hooks":
+            return torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x)
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=name == "autocast")
+
+    def region(self, step: p.Region, env: list[torch.Tensor]) -> None:
+        """Call a region and append the tensors that it gives back."""
+        by_way: dict[str, list[torch.Tensor]] = {}
+        for src, how in step.inputs:
+            by_way.setdefault(how, []).append(env[src % len(env)])
+        if self.engine.module is None:
+            self.entered += [(x, x._version, way == "closure") for way, xs in by_way.items() for x in xs]
+        closed = by_way.get("closure", [])
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            inner = [x for x in args if isinstance(x, torch.Tensor)]
+            inner += [x for key, x in kwargs.items() if key.startswith("tensor")]
+            for entry in args:
+                if isinstance(entry, list):
+                    inner += [part["x"] for part in entry]
+            inner += kwargs["box"].tensors if "box" in kwargs else ()
+            inner += closed
+            self.steps(step.body, inner)
+            return self.pack(step.output, inner)
+
+        fn: Any = Body(self, run) if step.form in ("module", "apply") else run
+        if "partial" in by_way:
+            fn = partial(fn, *by_way["partial"])
+        args: tuple[Any, ...] = (*by_way.get("arg", ()), 3, "text", None)
+        if "list" in by_way:
+            args += ([{"x": x, "n": 1} for x in by_way["list"]],)
+        kwargs: dict[str, Any] = {f"tensor{i}": x for i, x in enumerate(by_way.get("kwarg", ()))}
+        if "box" in by_way:
+            kwargs["box"] = Box(tuple(by_way["box"]), "box")
+        if not step.options.reentrant:
+            kwargs["flag"] = True
+        env += self.unpack(self.engine.region(fn, step.form, step.options, args, kwargs))
+
+    @staticmethod
+    def pack(output: str, env: list[torch.Tensor]) -> Any:
+        """Give a region's results the structure it is meant to have."""
+        if output == "tensor":
+            return env[-1]
+        if output == "tuple":
+            return env[-1], env[-2 % len(env)]
+        if output == "input":
+            return env[0], env[-1]
+        return {"last": env[-1], "more": [env[len(env) // 2], None], "count": len(env)}
+
+    @staticmethod
+    def unpack(result: Any) -> list[torch.Tensor]:
+        """Take the tensors back out of a region's result."""
+        if isinstance(result, torch.Tensor):
+            return [result]
+        if isinstance(result, dict):
+            return [result["last"], result["more"][0]]
+        return list(result)
+
+
+def run(program: p.Program, engine: Engine) -> Outcome:
+    """Run a program forward and backward; errors are kept in the outcome."""
+    torch.manual_seed(program.seed)
+    machine = Machine(program, engine)
+    try:
+        _run(machine)
+    except Exception as error:
+        machine.outcome.error = error
+    machine.outcome.changed = _changed(machine)
+    return machine.outcome
+
+
+def _is_leaf(x: torch.Tensor) -> bool:
+    base = x if x._base is None else x._base
+    return base.requires_grad and base.is_leaf
+
+
+def _changed(machine: Machine) -> str:
+    changed = [loose for x, version, loose in machine.entered if x._version != version]
+    return "no" if not changed else "closure" if any(changed) else "owned"
+
+
+def _run(machine: Machine) -> None:
+    program, outcome = machine.program, machine.outcome
+    runs: list[tuple[list[torch.Tensor], torch.Tensor]] = []
+    for _ in range(program.passes):
+        env = machine.forward()
+        for i, x in enumerate(env):
+            outcome.keep(f"value {i}", x)
+        loss = sum(((x * machine.mix).double().sum() for x in env[2:]), torch.zeros((), dtype=torch.float64))
+        runs.append((env, loss))
+    outcome.keep("draw between forward and backward", torch.rand(2))
+    for env, loss in runs if program.backward_in_order else reversed(runs):
+        if loss.requires_grad:
+            _finish(machine, env, loss)
+    for i, x in enumerate(machine.leaves()):
+        outcome.keep(f"grad of leaf {i}", x.grad)
+    outcome.keep("batches seen by batch norm", machine.norm.num_batches_tracked)
+    outcome.keep("running mean", machine.norm.running_mean)
+    outcome.keep("calls of gradient hooks", torch.tensor(machine.hook_calls))
+    outcome.keep("final generator state", torch.get_rng_state())
+
+
+def _finish(machine: Machine, env: list[torch.Tensor], loss: torch.Tensor) -> None:
+    program, outcome, leaves = machine.program, machine.outcome, machine.leaves()
+    some = [x for i, x in enumerate(leaves) if program.subset >> i & 1] or leaves[:1]
+
+    def grad(output: torch.Tensor, wanted: list[torch.Tensor], **options: Any) -> list[torch.Tensor | None]:
+        found = list(torch.autograd.grad(output, wanted, allow_unused=True, **options))
+        for i, x in enumerate(found):
+            outcome.keep(f"partial grad {i}", x)
+        return found
+
+    match program.finish:
+        case "backward":
+            loss.backward()
+        case "backward twice":
+            loss.backward(retain_graph=True)
+            loss.backward()
+        case "subset then backward":
+            grad(loss, some, retain_graph=True)
+            loss.backward()
+        case "each leaf":
+            for x in leaves:
+                grad(loss, [x], retain_graph=True)
+        case "inputs":
+            loss.backward(inputs=some)
+        case "outputs one by one":
+            for x in env[2:]:
+                if x.requires_grad:
+                    grad(x.double().sum(), leaves, retain_graph=True)
+        case "double backward":
+            first = grad(loss, leaves, create_graph=True)
+            second = sum(((x * x).sum() for x in first if x is not None), torch.zeros(()))
+            if second.requires_grad:
+                grad(second, leaves)

@@ -1,0 +1,117 @@
+"""Compare an engine's run of a program with plain autograd's, to the bit."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from . import program as p
+from .adapt import for_torch
+from .engines import PLAIN, TORCH, Engine
+from .interpret import Outcome, run
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``equal``, ``refused`` (a legal error), ``no reference`` (plain raises) or ``left out``; and why."""
+
+    kind: str
+    why: str = ""
+
+
+class Disagreement(AssertionError):
+    """An engine's run differs from plain autograd's."""
+
+
+def same_bits(left: torch.Tensor | None, right: torch.Tensor | None) -> bool:
+    """Say whether two tensors have the same dtype, shape and bytes (so NaN equals NaN, and 0 is not -0)."""
+    if left is None or right is None:
+        return left is right
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return left.contiguous().view(-1).view(torch.uint8).equal(right.contiguous().view(-1).view(torch.uint8))
+
+
+def _close(left: torch.Tensor | None, right: torch.Tensor | None) -> bool:
+    if left is None or right is None:
+        return left is right
+    return torch.allclose(left.double(), right.double(), rtol=1e-2, atol=1e-3, equal_nan=True)
+
+
+def difference(expected: Outcome, got: Outcome, *, exact: bool = True) -> str | None:
+    """Describe the first difference of two runs, or return None."""
+    same = same_bits if exact else _close
+    for (label, left), (other, right) in zip(expected.values, got.values, strict=False):
+        if label != other:
+            return f"{label} came as {other}"
+        if not same(left, right):
+            return f"{label} differs: expected {left}, got {right}"
+    if len(expected.values) != len(got.values):
+        return f"{len(expected.values)} values expected, {len(got.values)} came"
+    return None
+
+
+def left_out(program: p.Program) -> str | None:
+    """Say why a program has no reference to compare with, or return None."""
+    steps = list(p.walk(program.body))
+    contexts = {step.context for step, _ in steps if isinstance(step, p.Within)}
+    draws = {step.op for step, _ in steps if isinstance(step, p.Draw)}
+    if "rrelu" in draws and "hooks" in contexts:
+        # autograd hands rrelu's noise to the hooks before the kernel has filled it, so a copy of it is
+        # garbage
+        return "rrelu under saved-tensor hooks that copy"
+    return None
+
+
+def _keeps_and_changes(program: p.Program) -> bool:
+    """Say whether a selective region has in-place ops inside, which may hit a result that was to be kept."""
+    return any(
+        isinstance(step, p.InPlace) and any(region.options.selective for region in around)
+        for step, around in p.walk(program.body)
+    )
+
+
+def judge(program: p.Program, engine: Engine) -> Verdict:
+    """Run a program both ways; return how they agree, or raise Disagreement."""
+    if not engine.ours:
+        program = for_torch(program)
+    reason = left_out(program)
+    if reason is not None:
+        return Verdict("left out", reason)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = run(program, PLAIN)
+        if expected.error is not None:
+            return Verdict("no reference", f"{type(expected.error).__name__}: {expected.error}"[:160])
+        if expected.changed == "closure":
+            return Verdict("left out", "a value that a region closes over is changed in place")
+        if expected.changed == "owned" and not engine.ours:
+            return Verdict("left out", "a region's input is changed in place")
+        got = run(program, engine)
+        if any(step.options.reentrant for step, _ in p.walk(program.body) if isinstance(step, p.Region)):
+            return _judge_reentrant(program, expected, got)
+    if got.error is not None:
+        if expected.changed == "owned" or (_keeps_and_changes(program) and "mutat" in str(got.error)):
+            return Verdict("refused", f"{type(got.error).__name__}")
+        raise Disagreement(f"plain autograd runs, {engine.name} raises: {got.error!r}") from got.error
+    found = difference(expected, got)
+    if found is not None:
+        raise Disagreement(f"{engine.name}: {found}")
+    return Verdict("equal")
+
+
+def _judge_reentrant(program: p.Program, expected: Outcome, got: Outcome) -> Verdict:
+    """Judge the reentrant mode, which adds up gradients in an order of its own, also in torch."""
+    if got.error is None and difference(expected, got) is None:
+        return Verdict("equal")
+    theirs = run(program, TORCH)
+    if theirs.error is not None:
+        return Verdict("no reference", f"torch's reentrant engine raises {theirs.error}"[:160])
+    if got.error is not None:
+        raise Disagreement(f"torch's reentrant engine runs, ours raises: {got.error!r}") from got.error
+    found = difference(theirs, got)
+    if found is not None:
+        raise Disagreement(f"reentrant, against torch's: {found}")
+    return Verdict("equal", "to torch's reentrant engine")

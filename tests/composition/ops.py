@@ -1,0 +1,87 @@
+"""What each step of a program computes, on values of shape (4, 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+Op = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _narrow(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x[2:], x[:2]])
+
+
+def _chunk(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=1)
+    return torch.cat([second, first], dim=1)
+
+
+UNARY: dict[str, Op] = {
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "gelu": F.gelu,
+    "relu": torch.relu,
+    "softmax": lambda x: x.softmax(-1),
+    "square": lambda x: x * x,
+    "halve": lambda x: x * 0.5,
+    "exp": lambda x: x.tanh().exp(),
+    "detach": lambda x: x.detach(),
+}
+
+BINARY: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": lambda a, b: a * b.tanh(),
+    "mm": lambda a, b: a.tanh() @ b.tanh().to(a.dtype),
+    "where": lambda a, b: torch.where(a > b, a, b),
+}
+
+DRAW: dict[str, Op] = {
+    "dropout": lambda x: F.dropout(x, 0.5),
+    "noise": lambda x: x + torch.rand_like(x),
+    "rrelu": lambda x: F.rrelu(x, 0.1, 0.4, training=True),
+    "bernoulli": lambda x: x * torch.bernoulli(x.detach().float().sigmoid()).to(x.dtype),
+}
+
+VIEW: dict[str, Op] = {
+    "t": lambda x: x.t(),
+    "view": lambda x: x.reshape(2, 8).view(4, 4),
+    "narrow": _narrow,
+    "expand": lambda x: x[0].expand(4, 4),
+    "chunk": _chunk,
+    "select": lambda x: x.unsqueeze(0).expand(2, 4, 4)[1],
+    "flip": lambda x: x.t().flip(0),
+}
+
+IN_PLACE: dict[str, Callable[[torch.Tensor], Any]] = {
+    "mul_": lambda x: x.mul_(0.5),
+    "add_": lambda x: x.add_(0.25),
+    "relu_": lambda x: x.relu_(),
+    "tanh_": lambda x: x.tanh_(),
+    "copy_": lambda x: x[0].copy_(x.detach()[1].clone()),
+    "dropout_": lambda x: F.dropout(x, 0.5, inplace=True),
+    "row_": lambda x: x[1].mul_(2.0),
+}
+
+
+class Twice(torch.autograd.Function):
+    """``sin`` with a backward that reads its saved tensors once, or twice as some third-party kernels do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, reads: int) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.reads = reads
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        if ctx.reads == 2:
+            (x,) = ctx.saved_tensors
+        return grads[0] * x.cos(), None

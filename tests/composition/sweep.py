@@ -1,0 +1,51 @@
+"""Judge many drawn programs from one seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from . import program as p
+from .adapt import for_torch
+from .draw import programs
+from .engines import Engine
+from .judge import judge
+
+
+@dataclass
+class Tally:
+    """What a sweep saw: verdicts by kind, the reasons behind them, and the features covered."""
+
+    verdicts: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    features: Counter[str] = field(default_factory=Counter)
+
+    def add(self, program: p.Program, engine: Engine) -> None:
+        """Judge one program and count it; a disagreement is raised and not counted."""
+        verdict = judge(program, engine)
+        self.verdicts[verdict.kind] += 1
+        if verdict.why:
+            self.reasons[f"{verdict.kind}: {verdict.why}"] += 1
+        if verdict.kind in ("equal", "refused"):
+            self.features.update(p.features(program if engine.ours else for_torch(program)))
+
+
+def sweep(engine: Engine, count: int, start: int, tally: Tally) -> None:
+    """Judge ``count`` programs drawn from the seed ``start``; the first disagreement is shrunk and raised."""
+
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+    )
+    @seed(start)
+    @given(programs())
+    def one(program: p.Program) -> None:
+        tally.add(program, engine)
+
+    one()
