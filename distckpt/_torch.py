@@ -1,0 +1,199 @@
+"""The one room for private torch APIs: one name each, with what it is for and a version guard.
+
+Supported: torch 2.9 to 2.15. A name that a version lacks is either replaced here or raises
+:class:`UnsupportedTorch` when it is first needed, never at import of an unrelated feature.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._C import _autograd
+
+# Hot names: bound once, called once or more per region. All are present from 2.9 to 2.15.
+push_saved_tensors_hooks = _autograd._push_saved_tensors_default_hooks  # type: ignore[attr-defined]
+pop_saved_tensors_hooks = _autograd._pop_saved_tensors_default_hooks  # type: ignore[attr-defined]
+make_saved_tensor: Callable[..., Any] = _autograd._make_saved_tensor  # type: ignore[attr-defined]
+SavedTensor: type = _autograd.SavedTensor
+graph_task_id: Callable[[], int] = torch._C._current_graph_task_id
+set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
+is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+function_mode_depth: Callable[[], int] = torch._C._len_torch_function_stack
+dynamo_callback: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback  # type: ignore[attr-defined]
+
+
+def keep_graph() -> bool:
+    """Whether the running backward was asked to retain its graph (only valid inside a backward)."""
+    return _autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+
+
+def top_saved_tensors_hooks() -> tuple[Callable[[Any], Any], Callable[[Any], Any]] | None:
+    """The innermost ``saved_tensors_hooks`` pair that a tensor saved now would go through."""
+    return _autograd._top_saved_tensors_default_hooks(False)  # type: ignore[attr-defined]
+
+
+def queue_callback(callback: Callable[[], None]) -> None:
+    """Run ``callback`` when the running backward ends (public as ``autograd.graph`` from 2.15)."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def reentrant_backward_allowed() -> bool:
+    """False inside ``autograd.grad`` or ``backward(inputs=...)``, where a reentrant region is wrong."""
+    return torch.autograd._is_checkpoint_valid()
+
+
+def current_node() -> Any:
+    """The autograd node whose backward is running on this thread, or None."""
+    return torch._C._current_autograd_node()
+
+
+def tls_get(key: str) -> Any:
+    """An object stored under ``key`` in the thread state that autograd copies to its device threads."""
+    return torch._C._get_obj_in_tls(key) if torch._C._is_key_in_tls(key) else None
+
+
+def tls_set(key: str, value: Any) -> None:
+    """Store ``value`` in the thread state that autograd copies to its device threads."""
+    torch._C._stash_obj_in_tls(key, value)
+
+
+def skip_frame(function: Callable[..., Any]) -> None:
+    """Ask Dynamo not to compile ``function``'s own frame (it may still be inlined into a caller's).
+
+    Without this a graph break at the call makes Dynamo trace the frame again as a root, where it
+    would see ``is_dynamo_compiling()`` and hand an eager call to torch's engine.
+    """
+    frames: Any = torch._C._dynamo.eval_frame
+    skip, default = frames._FrameAction.SKIP, frames._FrameAction.DEFAULT
+    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, default))  # type: ignore[attr-defined]
+
+
+def without_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with Dynamo off for every frame below it. Imports Dynamo, so only call it when that is in."""
+    from torch._dynamo import disable
+
+    return disable(function)
+
+
+def torch_operator(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]) -> Any:
+    """Torch's own checkpoint call. Only reached while Dynamo traces, which swaps it for its operator."""
+    return torch.utils.checkpoint.checkpoint(function, *args, **options, **kwargs)  # type: ignore[attr-defined]
+
+
+def is_proxy_tracing() -> bool:
+    """Whether AOTAutograd or export is tracing on this thread."""
+    if torch.compiler._is_non_strict_tracing():
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
+    """Run our own bookkeeping ops where no user dispatch mode sees them."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def device_context() -> torch.device | None:
+    """The device of the innermost ``with torch.device(...)`` (or default device), or None."""
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext
+
+    for mode in reversed(_get_current_function_mode_stack()):
+        if isinstance(mode, DeviceContext):
+            return mode.device  # type: ignore[attr-defined]
+    return None
+
+
+def detach_below_autograd(x: torch.Tensor) -> torch.Tensor:
+    """Detach from inside a dispatch mode so that views made below autograd share a version counter.
+
+    A dispatch mode runs under the ADInplaceOrView key; excluding nothing there keeps
+    ``x.detach()._version`` tied to ``x``.
+    """
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return x.detach()
+
+
+def preserve_versions(tensors: tuple[torch.Tensor, ...]) -> contextlib.AbstractContextManager[Any]:
+    """Write into ``tensors`` without moving their version counters."""
+    return torch.autograd._unsafe_preserve_version_counter(tensors)
+
+
+@contextlib.contextmanager
+def autocast_nesting():
+    """Count one autocast level, and drop the cached weight casts when the outermost level ends."""
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+
+
+def sdp_state() -> tuple[bool, bool, bool, bool]:
+    """Which fused attention kernels are allowed: flash, memory efficient, math, cuDNN."""
+    c = torch._C
+    return (
+        c._get_flash_sdp_enabled(),
+        c._get_mem_efficient_sdp_enabled(),
+        c._get_math_sdp_enabled(),
+        c._get_cudnn_sdp_enabled(),
+    )
+
+
+def set_sdp_state(state: tuple[bool, bool, bool, bool]) -> None:
+    """Inverse of :func:`sdp_state`."""
+    c = torch._C
+    c._set_sdp_use_flash(state[0])
+    c._set_sdp_use_mem_efficient(state[1])
+    c._set_sdp_use_math(state[2])
+    c._set_sdp_use_cudnn(state[3])
+
+
+def sdp_priority() -> list[int]:
+    """The order in which attention kernels are tried."""
+    return torch._C._get_sdp_priority_order()
+
+
+def set_sdp_priority(order: list[int]) -> None:
+    """Inverse of :func:`sdp_priority`."""
+    torch._C._set_sdp_priority_order(order)
+
+
+def activation_wrappers() -> Any:
+    """Torch's module with ``ActivationWrapper``, ``CheckpointWrapper`` and their kin, none of which is the engine.
+
+    FSDP and ``torch.distributed.checkpoint`` recognise these classes and the prefix they put into names.
+
+    Raises:
+        ImportError: torch was built without ``torch.distributed``.
+    """
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+
+    return checkpoint_wrapper
+
+
+def composable_contract() -> Any:
+    """Torch's registry of composable APIs: a module with ``contract``, ``_State`` and ``_get_registry``.
+
+    Raises:
+        ImportError: torch was built without ``torch.distributed``.
+    """
+    import importlib
+
+    return importlib.import_module("torch.distributed._composable.contract")  # the package has a function of that name
+
+
+def checkpointed_by(module: torch.nn.Module) -> str | None:
+    """The API of torch's that already makes calls of ``module`` checkpointed, or None."""
+    if not torch.distributed.is_available():
+        return None
+    if isinstance(module, activation_wrappers().CheckpointWrapper):
+        return "checkpoint_wrapper"
+    if "checkpoint" in (composable_contract()._get_registry(module) or ()):
+        return "torch.distributed._composable.checkpoint"
+    return None

@@ -1,0 +1,9 @@
+"""The engine: regions, slots, replays, sessions, random state, ambient state, verification."""
+
+from distckpt.engine.api import checkpoint as checkpoint
+from distckpt.engine.api import checkpoint_sequential as checkpoint_sequential
+from distckpt.engine.errors import CheckpointError as CheckpointError
+from distckpt.engine.pin import pin as pin
+from distckpt.engine.session import Session as Session
+from distckpt.engine.session import session as session
+from distckpt.engine.state import is_recomputing as is_recomputing

@@ -1,0 +1,96 @@
+"""Ambient state that an operator reads besides its arguments, taken at record and re-entered for replay.
+
+Default dtype, deterministic flags, attention backend choice, autocast of every device type in use, and the device
+context. ContextVars travel with the region's own copy of the context; grad mode is always on in a replay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from distckpt_backends import live
+
+from distckpt._torch import (
+    autocast_nesting,
+    device_context,
+    function_mode_depth,
+    is_any_autocast_enabled,
+    sdp_priority,
+    sdp_state,
+    set_sdp_priority,
+    set_sdp_state,
+)
+
+_default_dtype = torch.get_default_dtype
+_deterministic = torch._C._get_deterministic_algorithms
+_warn_only = torch._C._get_deterministic_algorithms_warn_only
+
+Ambient = tuple[Any, ...]
+
+
+def snapshot() -> Ambient:
+    """The ambient state now; equal tuples mean equal state."""
+    return (
+        _default_dtype(),
+        _deterministic(),
+        _warn_only(),
+        sdp_state(),
+        sdp_priority(),
+        _autocast() if is_any_autocast_enabled() else None,
+        device_context() if function_mode_depth() else None,
+    )
+
+
+def _autocast() -> tuple[bool, tuple[tuple[str, bool, torch.dtype], ...]]:
+    kinds = ["cpu", *(b.device_type for b in live() if b.capabilities.autocast)]
+    states = tuple((k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds)
+    return torch.is_autocast_cache_enabled(), states
+
+
+@contextlib.contextmanager
+def entered(then: Ambient, now: Ambient) -> Iterator[None]:
+    """Make the ambient state ``then`` inside the block, given that it is ``now`` outside."""
+    with contextlib.ExitStack() as stack:
+        if then[5] != now[5]:
+            stack.enter_context(_autocast_entered(then[5]))
+        if then[6] != now[6]:
+            # A fresh context: re-entering the recorded instance would corrupt its exit state (pytorch#180423).
+            stack.enter_context(torch.device(then[6] if then[6] is not None else "cpu"))
+        try:
+            _set(then, now)
+            yield
+        finally:
+            _set(now, then)
+
+
+def _set(to: Ambient, of: Ambient) -> None:
+    if to[0] != of[0]:
+        torch.set_default_dtype(to[0])
+    if to[1:3] != of[1:3]:
+        torch.use_deterministic_algorithms(to[1], warn_only=to[2])
+    if to[3] != of[3]:
+        set_sdp_state(to[3])
+    if to[4] != of[4]:
+        set_sdp_priority(to[4])
+
+
+@contextlib.contextmanager
+def _autocast_entered(state: Any) -> Iterator[None]:
+    held = _autocast()
+    cache, kinds = state if state is not None else (held[0], tuple((k, False, d) for k, _, d in held[1]))
+    with autocast_nesting():
+        _set_autocast(cache, kinds)
+        try:
+            yield
+        finally:
+            _set_autocast(*held)
+
+
+def _set_autocast(cache: bool, kinds: Any) -> None:
+    for kind, enabled, dtype in kinds:
+        torch.set_autocast_enabled(kind, enabled)
+        torch.set_autocast_dtype(kind, dtype)
+    torch.set_autocast_cache_enabled(cache)

@@ -1,0 +1,61 @@
+"""Tie: what makes a recomputation survive a compiler that merges equal computations (XLA).
+
+Note [Barrier]
+    On a deferred device the whole step is one program. A replay that only depends on the region's inputs equals the
+    forward, and common-subexpression elimination removes it, or the scheduler moves it up and nothing is saved. So
+    the inputs of the replay go through one barrier together with the gradients that arrived at the region's outputs:
+    the replay cannot exist before them. Inputs alone double the work and save no memory. The technique is
+    pytorch/xla#3455 and #3486; tying to the gradients is what its FSDP does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from distckpt_backends import Backend
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from distckpt.engine.inputs import tensors
+
+
+class Tie:
+    """Incoming gradients of one region, and the barrier that binds its replay to them."""
+
+    __slots__ = ("backend", "grads")
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.grads: list[torch.Tensor] = []
+
+    def attach(self, out: Any) -> None:
+        """Collect the gradients of the region's outputs when they arrive, before any slot is unpacked."""
+        grads = self.grads
+
+        def arrived(found: tuple[torch.Tensor | None, ...]) -> None:
+            grads.extend(g for g in found if g is not None)
+
+        nodes = dict.fromkeys(t.grad_fn for t in tensors(out) if t.grad_fn is not None)
+        for node in nodes:
+            node.register_prehook(arrived)
+
+    def bind(self, fn: Any, args: list[Any], kwargs: dict[str, Any]) -> tuple[Any, list[Any], dict[str, Any]]:
+        """The same call on inputs that exist only once the gradients do.
+
+        Every reference to a gradient is dropped: a tensor that is alive at the next step mark becomes an output
+        of the program.
+        """
+        grads = [g for g in self.grads if g.device.type == self.backend.device_type]
+        self.grads.clear()
+        leaves, spec = tree_flatten((args, kwargs))
+        places = [
+            i
+            for i, leaf in enumerate(leaves)
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == self.backend.device_type
+        ]
+        with torch.no_grad():
+            tied = self.backend.barrier([*(leaves[i].detach() for i in places), *grads])
+        for i, tensor in zip(places, tied, strict=False):
+            leaves[i] = tensor.detach().requires_grad_(leaves[i].requires_grad)
+        args, kwargs = tree_unflatten(leaves, spec)
+        return fn, list(args), kwargs

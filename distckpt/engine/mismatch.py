@@ -1,0 +1,129 @@
+"""Mismatch: what a replay did otherwise than its forward, and the error that says so."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from distckpt.engine import errors
+
+if TYPE_CHECKING:
+    from distckpt.engine.region import Region
+    from distckpt.engine.slot import Slot
+
+_COUNT = (
+    "torch.utils.checkpoint: A different number of tensors was saved during the original forward and recomputation.\n"
+    "Number of tensors saved during forward: {forward}\nNumber of tensors saved during recomputation: {replay}."
+)
+_EXTRA = (
+    "torch.utils.checkpoint: trying to save more tensors during recomputation than during the original forward pass."
+)
+_META = (
+    "torch.utils.checkpoint: Recomputed values for the following tensors have different metadata than during the "
+    "forward pass.\n{table}"
+)
+_TIP = (
+    "\nTip: To see a more detailed error message, either pass `debug=True` to the checkpoint call or wrap it in "
+    "`with set_checkpoint_debug_enabled(True):`. Under torch.compile with dynamic shapes a recomputation can pick "
+    "another compiled graph than the forward; see https://github.com/pytorch/pytorch/issues/166926."
+)
+
+
+def _meta(meta: Any) -> str:
+    return str({"shape": meta[0], "dtype": meta[1], "device": meta[2]})
+
+
+class Mismatch:
+    """Collects the differences of one replay; true when there is one."""
+
+    __slots__ = ("count", "drawn", "metas", "region", "value_positions")
+
+    def __init__(self, region: Region) -> None:
+        self.region = region
+        self.count: int | None = None
+        self.metas: list[tuple[int, Any, Any]] | None = None
+        self.drawn: list[str] | None = None
+        self.value_positions: list[int] | None = None
+
+    def __bool__(self) -> bool:
+        return not (self.count is None and self.metas is None and self.drawn is None) or (
+            self.value_positions is not None
+        )
+
+    def compare(self, i: int, slot: Slot, x: torch.Tensor, now: tuple[Any, ...]) -> None:
+        """Position ``i`` was saved with other metadata, or only with another version."""
+        then = slot.meta
+        if then[:3] != now[:3]:
+            self.metas = [*(self.metas or ()), (i, then, now)]
+        elif not (x.is_leaf and x.requires_grad):
+            slot.meta = now  # an input may come back with a version counter of its own; a parameter never does
+
+    def extra(self, i: int) -> None:
+        """The replay went on to save number ``i``, beyond the last one of the forward."""
+        self.count = i + 1
+
+    def fewer(self, i: int) -> None:
+        """The replay ended after ``i`` saves."""
+        self.count = i
+
+    def drew(self, pending: list[Any]) -> None:
+        """Some streams did not end where the forward ended."""
+        if pending:
+            self.drawn = [draw.stream.name for draw in pending]
+
+    def values(self, positions: list[int]) -> None:
+        """Some values differ."""
+        self.value_positions = positions
+
+    def report(self) -> NoReturn:
+        """Raise the error of the first kind of difference."""
+        r = self.region
+        if self.count is not None:
+            more = self.count > len(r.refs)
+            text = _EXTRA if more else _COUNT.format(forward=len(r.refs), replay=self.count)
+            self._raise(errors.CountMismatch, text, "the recomputation ran other operators than the forward")
+        if self.metas:
+            rows = [
+                f"tensor at position {i}:\nsaved metadata: {_meta(a)}\nrecomputed metadata: {_meta(b)}\n"
+                for i, a, b in self.metas
+            ]
+            text = _META.format(table="".join(rows))
+            self._raise(errors.MetadataMismatch, text, "the recomputation saw other data or ran other operators")
+        if self.drawn:
+            text = f"the replay drew another number of random values on {', '.join(self.drawn)} than the forward"
+            self._raise(errors.DrawMismatch, text, "it took another path through the function")
+        text = f"recomputed values differ from the forward's at positions {self.value_positions}"
+        self._raise(errors.ValueMismatch, text, "the function depends on state that changed since the forward")
+
+    def _raise(self, kind: type[errors.ReplayError], what: str, why: str) -> NoReturn:
+        from distckpt.engine.diagnose import debug_report, diagnose
+        from distckpt.engine.region import describe
+
+        r = self.region
+        if not r.options.strict:
+            plain = errors.CheckpointError(f"{what}\n{_TIP}")
+            if r.log is not None:
+                raise errors.CheckpointError(debug_report(r.log)) from plain
+            raise plain
+        found = diagnose(self)
+        raise kind(
+            what + found.text,
+            where=found.where or describe(r.fn, r.options),
+            why=why,
+            fix="make the function depend on its inputs only; dc.pin() values that must not be decided twice, and ask "
+            "dc.is_recomputing() before changing state",
+        )
+
+
+def mutated(region: Region, value: torch.Tensor, meta: Any) -> errors.ReplayError:
+    """The error for a value that was changed in place after it was saved."""
+    from distckpt.engine.region import describe
+
+    return errors.ParameterChanged(
+        "a tensor needed for the gradient of a region was changed in place after it was saved",
+        where=describe(region.fn, region.options),
+        why=f"a {value.dtype} tensor of shape {tuple(value.shape)} is at version {value._version}; "
+        f"the forward saved version {meta[3]}. Without checkpointing autograd refuses this as well",
+        fix="update parameters after backward, and replace the in-place operator that follows the save",
+    )

@@ -1,0 +1,42 @@
+"""How one region behaves, apart from what it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from distckpt.engine.errors import BadOption
+
+ContextFn = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
+
+CHECKS = ("none", "default", "fingerprint", "bitwise")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Options:
+    """Options of a region. ``strict`` is the ``dc.*`` surface; without it the region behaves as torch's does.
+
+    A strict region owns every tensor of its call and not only the positional ones, serves a saved tensor
+    twice in one backward, changes buffers once, and raises where torch would be silently wrong.
+    """
+
+    preserve_rng_state: bool = True
+    context_fn: ContextFn | None = None
+    determinism_check: str = "default"
+    debug: bool = False
+    early_stop: bool = True
+    respect_saved_tensors_hooks: bool | None = None
+    name: str | None = None
+    strict: bool = True
+
+    def __post_init__(self) -> None:
+        if self.determinism_check not in CHECKS:
+            raise BadOption(
+                f"determinism_check should be one of {list(CHECKS)}, but got {self.determinism_check!r}",
+                fix='"default" compares shape, dtype and device; "fingerprint" and "bitwise" compare values',
+            )
+
+
+DEFAULT = Options()

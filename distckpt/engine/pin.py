@@ -1,0 +1,95 @@
+"""Pinned values: decided once in the forward, replayed and never recomputed.
+
+A router's choice, a sampled index or a sort order that is recomputed may flip on a tie, and then every shape after it
+differs. A pinned value is kept by every region around it and handed back in the same order in a replay.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from distckpt.engine.errors import PinMismatch
+from distckpt.engine.state import Frame, here
+
+
+class _Kept:
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor.detach()
+        self.version = tensor._version
+
+
+class _Replace(torch.autograd.Function):
+    """Gives ``kept`` in the forward and sends the gradient to ``computed``."""
+
+    @staticmethod
+    def forward(ctx: Any, computed: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        return kept.view_as(kept)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None
+
+
+def pin(value: Any) -> Any:
+    """Return ``value``; inside a region, the value of the first forward in every replay.
+
+    Args:
+        value: any pytree of tensors and plain values. Tensors that require grad keep their gradient path.
+
+    Returns:
+        An equal pytree. Outside a region ``value`` itself.
+
+    Raises:
+        PinMismatch: the replay pins more values than the forward did, or other shapes, or a pinned tensor was
+            changed in place.
+    """
+    frame = here.frame
+    if frame is None:
+        return value
+    recording = []
+    while frame is not None and type(frame) is not Frame:
+        recording.append(frame)
+        frame = frame.outer
+    if frame is not None:
+        value = _recall(frame, value)
+    if recording:
+        kept = tree_map(lambda v: _Kept(v) if isinstance(v, torch.Tensor) else v, value)
+        for region in recording:  # an outer region must also replay it, when it records the inner one again
+            if region.pins is None:
+                region.pins = []
+            region.pins.append(kept)
+    return value
+
+
+def _recall(frame: Frame, computed: Any) -> Any:
+    pins = frame.region.pins or ()
+    index = frame.pins
+    if index >= len(pins):
+        if not frame.region.closed:
+            return computed
+        raise PinMismatch(
+            f"the replay pins value number {index + 1}, but the forward pinned {len(pins)}",
+            why="the replay took another path than the forward",
+            fix="pin the value that decides the path, before it is used",
+        )
+    frame.pins = index + 1
+    return tree_map(_restore, pins[index], computed, is_leaf=lambda v: isinstance(v, _Kept))
+
+
+def _restore(kept: Any, computed: Any) -> Any:
+    if not isinstance(kept, _Kept):
+        return kept
+    tensor = kept.tensor
+    if tensor._version != kept.version:
+        raise PinMismatch(
+            f"a pinned {tensor.dtype} tensor of shape {tuple(tensor.shape)} was changed in place after dc.pin()",
+            fix="clone the pinned value before changing it",
+        )
+    if isinstance(computed, torch.Tensor) and computed.requires_grad and computed.shape == tensor.shape:
+        return _Replace.apply(computed, tensor)
+    return tensor.detach()

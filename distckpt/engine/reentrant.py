@@ -1,0 +1,141 @@
+"""The reentrant variant: the region is one autograd node whose backward runs a backward of its own.
+
+Kept for torch's surface and for code that relies on it. It records no graph in the forward, so nothing inside can be
+differentiated, and only positional tensors take part. The same stash, ambient state and buffers as a region.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.autograd import Function
+
+from distckpt._torch import dynamo_callback, reentrant_backward_allowed, without_dynamo
+from distckpt.engine.errors import BadOption
+from distckpt.engine.options import Options
+from distckpt.engine.region import Region, close_region, open_region
+from distckpt.engine.replay import replay
+
+
+def detach_variable(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Detached copies of the tensors in a tuple, with their ``requires_grad``; the rest as it is.
+
+    Raises:
+        RuntimeError: ``inputs`` is not a tuple.
+    """
+    if not isinstance(inputs, tuple):
+        raise RuntimeError(
+            f"Only tuple of tensors is supported. Got Unsupported input type: {type(inputs).__name__}"
+        )
+
+    def fresh(x: torch.Tensor) -> torch.Tensor:
+        alone = x.detach()
+        alone.requires_grad = x.requires_grad
+        return alone
+
+    return tuple(fresh(x) if isinstance(x, torch.Tensor) else x for x in inputs)
+
+
+def check_backward_validity(inputs: Iterable[Any]) -> None:
+    """Warn when no input requires grad: a reentrant region then yields no gradients at all."""
+    if not any(x.requires_grad for x in inputs if isinstance(x, torch.Tensor)):
+        warnings.warn("None of the inputs have requires_grad=True. Gradients will be None", stacklevel=2)
+
+
+class CheckpointFunction(Function):
+    """The node. ``apply(run_function, preserve_rng_state, *args)``, as torch's."""
+
+    @staticmethod
+    def forward(ctx: Any, run_function: Any, preserve_rng_state: Any, *args: Any) -> Any:
+        check_backward_validity(args)
+        options = preserve_rng_state if isinstance(preserve_rng_state, Options) else None
+        if options is None:
+            options = Options(preserve_rng_state=bool(preserve_rng_state), strict=False)
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        ctx.save_for_backward(*tensors)
+        ctx.holes = [isinstance(a, torch.Tensor) for a in args]
+        ctx.rest = [None if hole else a for a, hole in zip(args, ctx.holes, strict=True)]
+        # The region supplies stash, ambient state and buffers; it owns no tensors and records no slots here.
+        ctx.region, out = _forward(run_function, args, options)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if not reentrant_backward_allowed():
+            raise RuntimeError(
+                "When use_reentrant=True, torch.utils.checkpoint is incompatible with .grad() or passing an `inputs` "
+                "parameter to .backward(). To resolve this error, you can either set use_reentrant=False, or call "
+                ".backward() without passing the `inputs` argument."
+            )
+        saved = iter(ctx.saved_tensors)
+        inputs = [next(saved) if hole else rest for hole, rest in zip(ctx.holes, ctx.rest, strict=True)]
+        detached = detach_variable(tuple(inputs))
+        outputs = _recompute(ctx.region, detached)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [
+            (o, g)
+            for o, g in zip(outputs, grads, strict=False)
+            if isinstance(o, torch.Tensor) and o.requires_grad
+        ]
+        if not pairs:
+            raise RuntimeError("none of output has requires_grad=True, this checkpoint() is not necessary")
+        torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+        return (None, None, *(x.grad if isinstance(x, torch.Tensor) else None for x in detached))
+
+
+def _forward(fn: Any, args: tuple[Any, ...], options: Options) -> tuple[Region, Any]:
+    region = open_region(fn, args, {}, options)
+    region.args = []
+    try:
+        with torch.no_grad():
+            out = fn(*args)
+    except BaseException:
+        from distckpt.engine.region import abort_region
+
+        abort_region(region, BaseException())
+        raise
+    tie, region.tie = region.tie, None  # a reentrant backward already depends on the incoming gradients
+    close_region(region, out)
+    region.tie = tie
+    return region, out
+
+
+def _recompute(region: Region, inputs: tuple[Any, ...]) -> Any:
+    outputs: list[Any] = []
+
+    def run(r: Region, fn: Any, args: list[Any], kwargs: dict[str, Any], draws: Any, mismatch: Any) -> None:
+        from distckpt.engine.state import Frame, here
+
+        frame = Frame(r, here.frame)
+        here.frame = frame
+        here.replaying += 1
+        try:
+            with torch.enable_grad():
+                outputs.append(r.context.copy().run(fn, *inputs))
+        finally:
+            here.replaying -= 1
+            here.frame = frame.outer
+
+    with region.lock:
+        replay(region, run)
+    return outputs[0]
+
+
+def reentrant(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Any:
+    """``fn(*args)`` as a reentrant region.
+
+    Raises:
+        BadOption: keyword arguments, which its node cannot take.
+    """
+    if kwargs:
+        raise BadOption(
+            f"a reentrant region takes positional arguments only, not {', '.join(kwargs)}",
+            fix="leave use_reentrant at its default, False",
+        )
+    apply = CheckpointFunction.apply
+    if dynamo_callback() is not None:
+        apply = without_dynamo(apply)
+    return apply(fn, options, *args)

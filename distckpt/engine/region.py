@@ -1,0 +1,337 @@
+"""Region: one checkpointed call, from its record to its last replay.
+
+The region is held by the graph of its own outputs (through :meth:`Region.unpack`) and by nothing else, so it dies
+with that graph. It owns what a replay needs: inputs, RNG stash, ambient state, context, buffers, pins.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from contextvars import copy_context
+from functools import partial
+from typing import Any
+
+import torch
+from distckpt_backends import live
+
+from distckpt._torch import (
+    graph_task_id,
+    make_saved_tensor,
+    pop_saved_tensors_hooks,
+    push_saved_tensors_hooks,
+    queue_callback,
+)
+from distckpt.engine import ambient, buffers, rng, session, streams, switches
+from distckpt.engine.barrier import Tie
+from distckpt.engine.devices import choose, current_rule, device_types, stashed_backends
+from distckpt.engine.errors import LateDevice, SuppressedException, UnstashedDraw
+from distckpt.engine.events import counters
+from distckpt.engine.inputs import own, tensors
+from distckpt.engine.mismatch import mutated
+from distckpt.engine.options import Options
+from distckpt.engine.slot import Slot
+from distckpt.engine.state import here
+from distckpt.engine.verify import Verifier
+
+_ref = weakref.ref
+_Tensor = torch.Tensor
+_early_stop = switches.early_stop.get
+_debug = switches.debug.get
+
+
+class Region:
+    """One checkpointed call. Made by :func:`open_region`, finished by :func:`close_region`."""
+
+    __slots__ = (
+        "__weakref__",
+        "ambient",
+        "args",
+        "backward",
+        "buffers",
+        "closed",
+        "context",
+        "draws",
+        "early_stop",
+        "fn",
+        "kwargs",
+        "lock",
+        "log",
+        "options",
+        "outer",
+        "pins",
+        "refs",
+        "replay_context",
+        "rng_before",
+        "session",
+        "stash",
+        "tie",
+        "verifier",
+    )
+
+    def unpack(self, slot: Slot) -> Any:
+        """The value autograd asks for; replays the region when the slot is empty. Drops it at its last use."""
+        value = slot.value
+        if value is None:
+            value = self._replay_for(slot)
+        elif self.session is None:
+            slot.value = None
+        meta = slot.meta
+        if meta is not None and value._version != meta[3] and self.options.strict:
+            raise mutated(self, value, meta)
+        return value
+
+    def _replay_for(self, slot: Slot) -> Any:
+        with self.lock:
+            if slot.value is None:  # another device thread may have replayed while this one waited
+                self.replay()
+            value = slot.value
+            if self.session is None:
+                slot.value = None
+                if graph_task_id() == -1 and not isinstance(self.backward, session.Session):
+                    self.clear()  # no backward will use, or end and release, the other values
+        return value
+
+    def replay(self) -> None:
+        """Fill every living slot. Called under ``lock``."""
+        from distckpt.engine.replay import replay  # the two files are halves of one object
+
+        task = graph_task_id()
+        current = session.current() if session.any_open() else None
+        if current is not None:
+            current.admit(self, task)
+        elif not self.options.strict:
+            session.refuse_second_unpack(self, task)
+        replay(self)
+        self.backward = task if current is None else current
+        if current is None and self.session is None and task != -1:
+            queue_callback(partial(_end_of_backward, _ref(self)))
+
+    def clear(self) -> None:
+        """Drop recomputed values that nobody asked for."""
+        for ref in self.refs:
+            slot = ref()
+            if slot is not None:
+                slot.value = None
+
+
+def _end_of_backward(ref: weakref.ref[Region]) -> None:
+    # After a whole backward the graph is gone and the region with it; after a partial one it is still here.
+    region = ref()
+    if region is not None and region.session is None:
+        region.clear()
+
+
+def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Region:
+    """Begin the record of ``fn(*args, **kwargs)`` on this thread: from here on its saved tensors become slots.
+
+    The caller runs the function and then calls :func:`close_region`, or :func:`abort_region` if it raised.
+    Grad mode must be on.
+
+    Raises:
+        MixedDeviceTypes: inputs on two device types under the rule ``"error"``.
+    """
+    r = Region()
+    r.options = options
+    early = _early_stop()
+    r.early_stop = options.early_stop if early is None else early
+    strict = options.strict
+    if strict:
+        r.fn = own(fn) if type(fn) is partial else fn
+        r.args = [make_saved_tensor(a, False) if isinstance(a, _Tensor) else own(a) for a in args]
+        r.kwargs = own(kwargs) if kwargs else None
+        r.buffers = buffers.watch(fn)
+    else:
+        r.fn = fn
+        r.args = [make_saved_tensor(a, False) if isinstance(a, _Tensor) else a for a in args]
+        r.kwargs = kwargs or None
+        r.buffers = None
+    r.closed = False
+    r.backward = r.session = r.pins = r.log = r.tie = r.replay_context = r.verifier = r.stash = r.draws = None
+    r.lock = threading.RLock()
+    r.context = copy_context()
+    r.ambient = ambient.snapshot()
+    if session.any_open():
+        session.enroll(r)
+    backends = live()
+    if backends:
+        _stash_devices(r, fn, args, kwargs, backends)
+    elif streams.registered() and options.preserve_rng_state:
+        r.stash = rng.Stash((), ())
+    r.rng_before = rng.cpu_before() if options.preserve_rng_state else None
+    r.refs = []
+    counters.regions += 1
+    r.outer = here.frame
+    if options.context_fn is not None or options.debug or _debug() is not None:
+        _enter_forward_context(r)
+    here.frame = r
+    push_saved_tensors_hooks(_packer(r), r.unpack)
+    return r
+
+
+def _packer(r: Region) -> Any:
+    check = r.options.determinism_check
+    add = r.refs.append
+    if check == "default":
+
+        def pack(x: torch.Tensor) -> Slot:
+            slot = Slot((x.shape, x.dtype, x.device, x._version))
+            add(_ref(slot))
+            return slot
+
+    elif check == "none":
+
+        def pack(x: torch.Tensor) -> Slot:
+            slot = Slot(None)
+            add(_ref(slot))
+            return slot
+
+    else:
+        verifier = r.verifier = Verifier(check)
+
+        def pack(x: torch.Tensor) -> Slot:
+            slot = Slot((x.shape, x.dtype, x.device, x._version))
+            add(_ref(slot))
+            verifier.saw(x)
+            return slot
+
+    return pack
+
+
+def _stash_devices(
+    r: Region, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], backends: tuple[Any, ...]
+) -> None:
+    strict = r.options.strict
+    met = tensors((fn, args, kwargs) if strict else args)
+    name = current_rule("error" if strict else "warn")
+    types = choose(device_types(met), name, describe(fn, r.options))
+    chosen = stashed_backends(types, backends)
+    if r.options.preserve_rng_state:
+        r.stash = rng.Stash(chosen, tuple(b for b in backends if b not in chosen))
+    for backend in chosen:
+        if backend.capabilities.deferred:
+            r.tie = Tie(backend)
+
+
+def close_region(r: Region, out: Any) -> None:
+    """Finish a record whose function returned ``out``.
+
+    Raises:
+        UnstashedDraw: random numbers were drawn on a device that the region does not stash.
+        LateDevice: a device type came up inside the region.
+        BufferChanged: a large buffer changed for the first time.
+    """
+    pop_saved_tensors_hooks()
+    here.frame = r.outer
+    r.outer = None
+    r.closed = True
+    if r.log is not None or r.replay_context is not None:
+        _leave_forward_context(r, None)
+    before = r.rng_before
+    if before is not None:
+        draw = rng.cpu_draw(before)
+        if draw is not None:
+            r.draws = [draw]
+        r.rng_before = None
+        if r.stash is not None:
+            _close_stash(r, r.stash)
+        elif live():
+            _late(r, rng.newly_live(()))
+    if r.buffers is not None:
+        r.buffers = r.buffers.changes(describe(r.fn, r.options))
+    if r.verifier is not None:
+        r.verifier.seal()
+    if r.tie is not None:
+        r.tie.attach(out)
+
+
+def abort_region(r: Region, error: BaseException) -> None:
+    """Finish a record whose function raised ``error``; the caller raises it again."""
+    pop_saved_tensors_hooks()
+    here.frame = r.outer
+    r.outer = None
+    if r.log is not None or r.replay_context is not None:
+        _leave_forward_context(r, error)
+
+
+def _close_stash(r: Region, stash: rng.Stash) -> None:
+    draws, foreign = stash.moved()
+    r.stash = None
+    if draws:
+        r.draws = [*(r.draws or ()), *draws]
+    if foreign:
+        _unstashed(r, foreign)
+    late = rng.newly_live(stash.types)
+    if late:
+        _late(r, late)
+
+
+def _unstashed(r: Region, devices: list[str]) -> None:
+    error = UnstashedDraw(
+        f"the region drew random numbers on {', '.join(devices)}, which it does not stash",
+        where=describe(r.fn, r.options),
+        why="its inputs live on another device type, so the replay would draw other numbers",
+        fix='pass a tensor of that device to the region, or choose dc.devices.rule("all")',
+    )
+    if r.options.strict and current_rule("error") != "warn":
+        raise error
+    import warnings
+
+    warnings.warn(str(error), stacklevel=5)
+
+
+def _late(r: Region, types: list[str]) -> None:
+    if not types:
+        return
+    if not r.options.strict:
+        raise RuntimeError(
+            "PyTorch's device state was initialized in the forward pass of a Checkpoint, which is not allowed. "
+            f"Use {types[0]} once before the region, so that its random state can be stashed."
+        )
+    raise LateDevice(
+        f"device type {types[0]!r} was initialised for the first time inside a region",
+        where=describe(r.fn, r.options),
+        why="its random state before the region is unknown, so a replay could draw other numbers",
+        fix="use the device once before the region, for example torch.zeros(1, device=...)",
+    )
+
+
+def _enter_forward_context(r: Region) -> None:
+    debug = _debug()
+    debug = r.options.debug if debug is None else debug
+    make = r.options.context_fn
+    if debug:
+        from distckpt.engine.diagnose import Log
+
+        if make is not None and not r.options.strict:
+            raise ValueError("debug=True is incompatible with non-default context_fn")
+        r.log = Log()
+    if make is None and not debug:
+        return
+    from distckpt.engine.contexts import Contexts
+
+    r.replay_context = Contexts(make, r)
+    r.replay_context.enter_forward()
+
+
+def _leave_forward_context(r: Region, error: BaseException | None) -> None:
+    if r.replay_context.leave_forward(error) and error is not None:
+        message = (
+            "torch.utils.checkpoint: the forward context provided by context_fn suppressed an exception raised "
+            "during the checkpointed forward. This is not supported because there is no value to return."
+        )
+        raise (SuppressedException(message) if r.options.strict else RuntimeError(message)) from error
+
+
+def describe(fn: Any, options: Options) -> str:
+    """A region for people: its given name, or what it runs and where that is defined."""
+    from distckpt.engine.inputs import Packed
+
+    while isinstance(fn, (partial, Packed)):
+        fn = fn.func if isinstance(fn, partial) else fn.parts[0]
+    code = getattr(getattr(fn, "__func__", fn), "__code__", None)
+    kind = getattr(fn, "__qualname__", None) or type(fn).__name__
+    if code is None and isinstance(fn, torch.nn.Module):
+        code = getattr(type(fn).forward, "__code__", None)
+    place = f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
+    return f"region {options.name or kind}{place}"

@@ -1,0 +1,160 @@
+"""Replay: run a region's function again and put what autograd would have saved into its slots.
+
+Note [Early stop]
+    A replay ends at the last slot that still lives, by an exception from the saved-tensor hook. The exception is
+    a ``BaseException`` so that a user's ``except Exception`` around an operator does not eat it; if a bare
+    ``except`` does, every further save raises it again and a normal return is accepted, since every slot is
+    full by then. With draws to come it does not stop (Note [Where the forward ended] in ``rng.py``), and slots
+    are only known to end before the last one when the region drew nothing.
+
+Note [What a slot is given]
+    A detached alias. Keeping the tensor itself would keep the whole recomputed graph alive, and for a frozen
+    parameter it would hand back whatever its storage has become by then: a sharding engine may have freed it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from distckpt._torch import (
+    SavedTensor,
+    dynamo_callback,
+    pop_saved_tensors_hooks,
+    push_saved_tensors_hooks,
+    set_grad_enabled,
+    without_dynamo,
+)
+from distckpt.engine import ambient, rng
+from distckpt.engine.events import counters
+from distckpt.engine.inputs import give_back
+from distckpt.engine.mismatch import Mismatch
+from distckpt.engine.state import Frame, here
+
+if TYPE_CHECKING:
+    from distckpt.engine.region import Region
+
+_Parameter = torch.nn.Parameter
+
+
+class Stop(BaseException):
+    """Every slot is full."""
+
+
+def _identity(x: Any) -> Any:
+    return x
+
+
+def _last_living(refs: list[Any]) -> int:
+    n = len(refs)
+    while n and refs[n - 1]() is None:
+        n -= 1
+    return n
+
+
+def replay(r: Region, run: Any = None) -> None:
+    """Recompute ``r`` once, under the state it was recorded in (``run`` replaces what is done there).
+
+    Raises:
+        CheckpointError: the run did not match the record; the slots are left empty.
+        InputChanged: an owned input was changed in place since.
+    """
+    args = [a.unpack() if type(a) is SavedTensor else give_back(a, f"args[{i}]") for i, a in enumerate(r.args)] if (
+        r.options.strict
+    ) else [a.unpack() if type(a) is SavedTensor else a for a in r.args]
+    kwargs = {} if r.kwargs is None else give_back(r.kwargs, "kwargs")
+    fn = give_back(r.fn, "function")
+    counters.replays += 1
+    if r.tie is not None:
+        fn, args, kwargs = r.tie.bind(fn, args, kwargs)
+    draws = r.draws if r.closed else rng.so_far(r.rng_before, r.stash)
+    held = rng.rewind(draws) if draws else None
+    now = ambient.snapshot()
+    mismatch = Mismatch(r)
+    run = run or _run
+    if now == r.ambient and r.replay_context is None and r.buffers is None:
+        try:
+            run(r, fn, args, kwargs, draws, mismatch)
+        finally:
+            if held:
+                rng.put_back(held)
+    else:
+        with contextlib.ExitStack() as stack:
+            if held:
+                stack.callback(rng.put_back, held)
+            if r.buffers is not None:
+                stack.enter_context(r.buffers.rewound())
+            if now != r.ambient:
+                stack.enter_context(ambient.entered(r.ambient, now))
+            if r.replay_context is not None:
+                stack.enter_context(r.replay_context.replaying())
+            run(r, fn, args, kwargs, draws, mismatch)
+    if mismatch:
+        r.clear()
+        mismatch.report()
+
+
+def _run(
+    r: Region, fn: Any, args: list[Any], kwargs: dict[str, Any], draws: list[rng.Draw] | None, mismatch: Mismatch
+) -> None:
+    refs, closed = r.refs, r.closed
+    last = len(refs)
+    early = r.early_stop
+    if early and r.options.strict and not draws:
+        last = _last_living(refs)
+    stop_at = last if early else -1
+    i = 0
+
+    def pack(x: torch.Tensor) -> Any:
+        nonlocal i, stop_at
+        if i >= last:
+            if i == stop_at:
+                raise Stop  # somebody swallowed the first one
+            if closed:
+                mismatch.extra(i)
+                raise Stop
+            i += 1
+            return x.detach() if x.requires_grad else x
+        slot = refs[i]()
+        if slot is not None:
+            meta = slot.meta
+            if meta is not None and meta != (now := (x.shape, x.dtype, x.device, x._version)):
+                mismatch.compare(i, slot, x, now)
+            if x.requires_grad or type(x) is _Parameter:
+                x = x.detach()
+            slot.value = x
+        elif x.requires_grad:
+            x = x.detach()
+        i += 1
+        if i == stop_at:
+            if draws and closed and rng.pending(draws):
+                stop_at = -1
+                return x
+            raise Stop
+        return x
+
+    if dynamo_callback() is not None:
+        fn = without_dynamo(fn)
+    frame = Frame(r, here.frame)
+    here.frame = frame
+    here.replaying += 1
+    grad = torch.is_grad_enabled()
+    set_grad_enabled(True)
+    push_saved_tensors_hooks(pack, _identity)
+    try:
+        r.context.copy().run(fn, *args, **kwargs)
+    except Stop:
+        pass
+    finally:
+        pop_saved_tensors_hooks()
+        set_grad_enabled(grad)
+        here.replaying -= 1
+        here.frame = frame.outer
+    if i < last:
+        mismatch.fewer(i)
+    if stop_at < 0 and closed and draws and r.options.strict and not mismatch:
+        mismatch.drew(rng.pending(draws))
+    if r.verifier is not None:
+        r.verifier.compare(refs, mismatch)

@@ -1,0 +1,134 @@
+"""RNG stash of a region: what is read before the forward, kept after it, and restored for a replay.
+
+Note [What is stashed]
+    The CPU, every live device of the chosen device type (a read is two host integers), and every registered
+    stream. After the forward only what moved is kept: a region that drew nothing keeps nothing, and its
+    replay restores nothing. A device of another type that moved is a draw nobody can replay.
+
+Note [Where the forward ended]
+    The state after the forward is kept for what moved. A replay that reaches its last slot while a generator is
+    not there yet has draws to come: the last operator has filled nothing (RReLU's noise is drawn after its
+    slot is packed), so it must not stop early. A replay that ran to its end somewhere else drew another
+    number of values: it is not the same computation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from distckpt_backends import Backend, get, live
+
+from distckpt.engine import streams
+from distckpt.engine.state import here
+
+CPU = get("cpu")
+CPU_DEVICE = torch.device("cpu")
+cpu_stash = CPU.rng_stash
+cpu_moved = CPU.rng_moved
+
+
+class Generator:
+    """The generator of one device, as a stream."""
+
+    __slots__ = ("backend", "device")
+
+    def __init__(self, backend: Backend, device: torch.device) -> None:
+        self.backend = backend
+        self.device = device
+
+    @property
+    def name(self) -> str:
+        return str(self.device)
+
+    def get_state(self) -> Any:
+        return self.backend.rng_stash(self.device)
+
+    def set_state(self, state: Any) -> None:
+        self.backend.rng_restore(self.device, state)
+
+    def moved(self, state: Any) -> bool:
+        return self.backend.rng_moved(self.device, state)
+
+
+_CPU_STREAM: Any = Generator(CPU, CPU_DEVICE)
+
+
+class Draw:
+    """A stream that moved during the forward: its state before and after."""
+
+    __slots__ = ("after", "before", "stream")
+
+    def __init__(self, stream: Any, before: Any, after: Any) -> None:
+        self.stream = stream
+        self.before = before
+        self.after = after
+
+
+class Stash:
+    """States read before a forward, for everything but the CPU (which the region reads itself)."""
+
+    __slots__ = ("foreign", "own", "types")
+
+    def __init__(self, chosen: tuple[Backend, ...], others: tuple[Backend, ...]) -> None:
+        self.types = tuple(b.device_type for b in (*chosen, *others))
+        self.own = [
+            (s, s.get_state()) for b in chosen if b.capabilities.rng for s in _generators(b)
+        ] + [(s, s.get_state()) for s in streams.registered()]
+        # States of generators nobody will restore: only compared after the forward.
+        self.foreign = [(s, s.get_state()) for b in others if b.capabilities.rng for s in _generators(b)]
+
+    def moved(self) -> tuple[list[Draw], list[str]]:
+        """The stashed streams that moved, and the names of the foreign ones that did."""
+        draws = [Draw(s, before, s.get_state()) for s, before in self.own if s.moved(before)]
+        return draws, [s.name for s, before in self.foreign if s.moved(before)]
+
+
+def _generators(backend: Backend) -> list[Generator]:
+    return [Generator(backend, device) for device in backend.live_devices()]
+
+
+def cpu_before() -> Any:
+    """The CPU state now; the very object that the last region left, when nobody drew since."""
+    last = here.last_cpu_state
+    if last is not None and not cpu_moved(CPU_DEVICE, last):
+        return last
+    return cpu_stash(CPU_DEVICE)
+
+
+def cpu_draw(before: Any) -> Draw | None:
+    """The CPU's draw since ``before``, or None."""
+    if not cpu_moved(CPU_DEVICE, before):
+        return None
+    after = here.last_cpu_state = cpu_stash(CPU_DEVICE)
+    return Draw(_CPU_STREAM, before, after)
+
+
+def newly_live(before: tuple[str, ...]) -> list[str]:
+    """Device types whose runtime came up since ``before`` was taken."""
+    return [b.device_type for b in live() if b.device_type not in before]
+
+
+def rewind(draws: list[Draw]) -> list[tuple[Any, Any]]:
+    """Put every stream where the forward began; returns what :func:`put_back` needs."""
+    held = [(draw.stream, draw.stream.get_state()) for draw in draws]
+    for draw in draws:
+        draw.stream.set_state(draw.before)
+    return held
+
+
+def put_back(held: list[tuple[Any, Any]]) -> None:
+    """Undo :func:`rewind`."""
+    for stream, state in held:
+        stream.set_state(state)
+
+
+def pending(draws: list[Draw]) -> list[Draw]:
+    """The streams that are not where the forward ended."""
+    return [draw for draw in draws if draw.stream.moved(draw.after)]
+
+
+def so_far(cpu_state: Any, stash: Stash | None) -> list[Draw]:
+    """Every stashed stream of a forward that is still running, for a gradient taken inside it."""
+    draws = [] if cpu_state is None else [Draw(_CPU_STREAM, cpu_state, None)]
+    return draws if stash is None else [*draws, *(Draw(s, before, None) for s, before in stash.own)]

@@ -1,0 +1,167 @@
+"""Session: which consumers of recomputed values share one replay.
+
+Note [Sessions]
+    Without a session one backward is one session: a replay is made when a slot is first asked for, each value is dropped
+    at its first use, and what nobody used is dropped when that backward ends. A value that is asked for again is
+    recomputed again; the replay is exact, so the second copy equals the first.
+
+    A session keeps the values instead, so that several backward passes (the input half and the weight half of a split
+    backward), or a replay fired before the gradient arrives, use one replay. They are freed with their part of
+    the graph, or by ``release()``. Autograd copies the torch thread state to its device threads, and the
+    current session travels in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from distckpt._torch import tls_get, tls_set
+from distckpt.engine.errors import CheckpointError, SessionError
+
+if TYPE_CHECKING:
+    from distckpt.engine.region import Region
+
+_KEY = "distckpt.session"
+_open = 0  # how many `with` blocks are open in this process: only a hint that saves the thread-state lookup
+
+
+def any_open() -> bool:
+    """Whether a session may be current on some thread."""
+    return _open > 0
+
+
+def current() -> Session | None:
+    """The session of this thread, or of the backward call that this device thread works for."""
+    return tls_get(_KEY)
+
+
+def enroll(region: Region) -> None:
+    """A region is recorded: the current session owns its replay."""
+    found = current()
+    if found is not None:
+        found.enroll(region)
+
+
+class Session(contextlib.AbstractContextManager["Session"]):
+    """Regions recorded or consumed inside ``with session:`` share one replay each. May be entered many times."""
+
+    def __init__(self) -> None:
+        self._regions: list[weakref.ref[Region]] = []
+        self._outer: list[Session | None] = []
+        self._released = False
+
+    def __enter__(self) -> Session:
+        global _open
+        if self._released:
+            raise SessionError("this session was released", fix="open a new one with dc.session()")
+        self._outer.append(current())
+        tls_set(_KEY, self)
+        _open += 1
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global _open
+        _open -= 1
+        tls_set(_KEY, self._outer.pop())
+
+    def enroll(self, region: Region) -> None:
+        region.session = self
+        self._regions.append(weakref.ref(region))
+
+    def admit(self, region: Region, task: int) -> None:
+        """A region that is about to be replayed while this session is current."""
+        if region.session is None and not self._released:
+            self.enroll(region)
+
+    def replay(self) -> int:
+        """Replay every region of the session now that has values to give, outermost first.
+
+        Returns:
+            How many regions were replayed.
+
+        Raises:
+            SessionError: after ``release()``.
+            CheckpointError: a replay does not match its forward.
+        """
+        if self._released:
+            raise SessionError("a released session cannot replay", fix="call replay() before release()")
+        count = 0
+        for ref in list(self._regions):
+            region = ref()
+            if region is None or region.session is not self:
+                continue
+            with region.lock:
+                slots = [slot for slot in (r() for r in region.refs) if slot is not None]
+                if slots and any(slot.value is None for slot in slots):
+                    region.replay()
+                    count += 1
+        return count
+
+    def release(self) -> None:
+        """Drop every value of the session. A later use replays again, as without a session.
+
+        Raises:
+            SessionError: the session was released before.
+        """
+        if self._released:
+            raise SessionError("a session is released once", fix="remove the second release()")
+        self._released = True
+        for ref in self._regions:
+            region = ref()
+            if region is not None and region.session is self:
+                region.session = None
+                region.clear()
+        self._regions.clear()
+
+
+class GraphExecGroup(Session):
+    """Torch's group: several backward calls over disjoint parts of the graph share one replay per region.
+
+    A value is dropped at its use, so two calls that need the same one are an error. Ignored by reentrant regions.
+    """
+
+    def __enter__(self) -> GraphExecGroup:
+        inside = current()
+        if isinstance(inside, GraphExecGroup):
+            raise RuntimeError(f"GraphExecGroup contexts cannot be nested. Already inside group {inside}")
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        super().__exit__(*exc)
+        for ref in self._regions:
+            region = ref()
+            if region is not None:
+                region.clear()
+        self._regions.clear()
+
+    def enroll(self, region: Region) -> None:
+        """Recording under a group binds nothing: torch's group is about backward calls only."""
+
+    def admit(self, region: Region, task: int) -> None:
+        if region.backward is self:
+            _refuse(
+                "Performing two backward calls that overlap (i.e. require the same saved activation in order to "
+                "compute gradients) is not allowed while under the torch.utils.checkpoint.GraphExecGroup context. "
+            )
+        self._regions.append(weakref.ref(region))
+
+
+def refuse_second_unpack(region: Region, task: int) -> None:
+    """Torch's rule: within one backward a saved tensor is unpacked once."""
+    if task != -1 and region.backward == task:
+        _refuse("")
+
+
+def _refuse(extra: str) -> Any:
+    raise CheckpointError(
+        f"torch.utils.checkpoint: Unpack is being triggered for a tensor that was already unpacked once. {extra}"
+        "If you are calling ctx.saved_tensors in backward, make sure to do so only once."
+    )
+
+
+def session() -> Session:
+    """A new session: ``with dc.session() as s: ...``; then ``s.replay()`` and ``s.release()``."""
+    return Session()

@@ -1,0 +1,40 @@
+"""Where this thread stands: inside which region, recording or replaying."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distckpt.engine.region import Region
+
+
+class Frame:
+    """One replay under way on this thread; ``pins`` counts the pinned values it has handed out."""
+
+    __slots__ = ("outer", "pins", "region")
+
+    def __init__(self, region: Region, outer: Any) -> None:
+        self.region = region
+        self.outer = outer
+        self.pins = 0
+
+
+class _Thread(threading.local):
+    frame: Frame | Region | None = None  # innermost; a Region is a record, a Frame is a replay
+    replaying: int = 0
+    last_cpu_state: Any = None  # the CPU state that the last region which drew left behind
+
+
+here = _Thread()
+
+
+def is_recomputing() -> bool:
+    """True while this thread replays a region, False in every first forward.
+
+    For metrics, counters and logging that must happen once per step::
+
+        if not dc.is_recomputing():
+            self.tokens_seen += x.numel()
+    """
+    return here.replaying > 0

@@ -1,0 +1,114 @@
+"""Random streams that the user owns: torch generators and foreign sources (``dc.rng``)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from distckpt.engine.errors import StreamError
+
+
+class Stream:
+    """A named source of randomness with a state that can be read, put back and compared."""
+
+    __slots__ = ("get_state", "name", "set_state")
+
+    def __init__(self, name: str, get_state: Callable[[], Any], set_state: Callable[[Any], Any]) -> None:
+        self.name = name
+        self.get_state = get_state
+        self.set_state = set_state
+
+    def moved(self, state: Any) -> bool:
+        """Whether anything was drawn since ``state`` was read."""
+        return not _same(self.get_state(), state)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, (tuple, list)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(v, b[k]) for k, v in a.items())
+    if hasattr(a, "tobytes"):  # numpy arrays, without importing numpy
+        return hasattr(b, "tobytes") and a.tobytes() == b.tobytes()
+    return bool(a == b)
+
+
+# Replaced, never changed in place: a thread that is recording sees either the old or the new tuple.
+_streams: tuple[Stream, ...] = ()
+
+
+def registered() -> tuple[Stream, ...]:
+    """Every registered stream, in the order of registration."""
+    return _streams
+
+
+class Registration(contextlib.AbstractContextManager["Registration"]):
+    """Handle of a registered stream: ``remove()`` it, or use it as a context manager."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def remove(self) -> None:
+        """Forget the stream. Regions recorded before keep what they stashed. Removing twice is harmless."""
+        global _streams
+        _streams = tuple(s for s in _streams if s is not self._stream)
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+
+def _add(stream: Stream) -> Registration:
+    global _streams
+    if any(s.name == stream.name for s in _streams):
+        raise StreamError(
+            f"a random stream named {stream.name!r} is already registered",
+            why="two streams with one name cannot be told apart in a stash or across ranks",
+            fix="remove() the first registration, or choose another name",
+        )
+    _streams = (*_streams, stream)
+    return Registration(stream)
+
+
+def register(name: str, generator: torch.Generator) -> Registration:
+    """Stash and restore ``generator`` with every region from now on.
+
+    Args:
+        name: unique name of the stream.
+        generator: any ``torch.Generator``, on any device.
+
+    Returns:
+        A handle with ``remove()``; also a context manager.
+
+    Raises:
+        StreamError: the name is taken, or ``generator`` is not a generator.
+    """
+    if not isinstance(generator, torch.Generator):
+        raise StreamError(
+            f"stream {name!r} is a {type(generator).__name__}, not a torch.Generator",
+            fix="for another kind of source use rng.register_source(name, get_state, set_state)",
+        )
+    return _add(Stream(name, generator.get_state, generator.set_state))
+
+
+def register_source(
+    name: str, get_state: Callable[[], Any], set_state: Callable[[Any], Any]
+) -> Registration:
+    """Stash and restore a foreign source of randomness with every region from now on.
+
+    ``get_state()`` must return a value that later draws do not change (``random.getstate``,
+    ``numpy.random.get_state``); ``set_state(value)`` must put it back exactly.
+
+    Raises:
+        StreamError: the name is taken, or one of the two is not callable.
+    """
+    if not callable(get_state) or not callable(set_state):
+        raise StreamError(
+            f"source {name!r} needs two callables, get_state() and set_state(state)",
+            fix='for example rng.register_source("python", random.getstate, random.setstate)',
+        )
+    return _add(Stream(name, get_state, set_state))

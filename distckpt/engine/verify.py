@@ -1,0 +1,75 @@
+"""Value checks of a replay: a checksum (``"fingerprint"``) or an exact copy (``"bitwise"``) per saved tensor.
+
+Note [When a saved value is final]
+    Autograd hands some tensors to the hook before the operator has filled them (RReLU's noise), so a tensor is only
+    read a few saves later, or when the region ends. Nobody may change it in between: plain autograd
+    would refuse that too.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+
+from distckpt._torch import without_dispatch_modes
+
+_DELAY = 8  # no operator saves more tensors than this before its kernel runs
+_WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    """The bytes of ``x`` as a flat integer tensor, so that NaN equals NaN and 0.0 differs from -0.0."""
+    if x.is_complex():
+        x = torch.view_as_real(x.resolve_conj())
+    return x.resolve_neg().contiguous().view(-1).view(_WIDTHS[x.element_size()])
+
+
+def checksum(x: torch.Tensor) -> torch.Tensor:
+    """A 64-bit checksum of the values of ``x``, on its device and without synchronising.
+
+    A sum of the bit patterns, each times an odd number that depends on its place, modulo 2**64: any single
+    changed element changes it, and so does a permutation, with overwhelming likelihood.
+    """
+    bits = _bits(x).to(torch.int64)
+    weights = torch.arange(bits.numel(), device=bits.device, dtype=torch.int64).mul_(-7046029254386353131)
+    return (bits * weights.bitwise_or_(1)).sum()
+
+
+class Verifier:
+    """What a region saved, in a form that a replay can be compared with."""
+
+    def __init__(self, level: str) -> None:
+        self.level = level
+        self._waiting: deque[torch.Tensor] = deque()
+        self._prints: list[Any] = []
+
+    def saw(self, x: torch.Tensor) -> None:
+        """A tensor was saved in the forward."""
+        self._waiting.append(x.detach())
+        if len(self._waiting) > _DELAY:
+            self._prints.append(self._print(self._waiting.popleft()))
+
+    def seal(self) -> None:
+        """The forward has ended: every saved value is final."""
+        while self._waiting:
+            self._prints.append(self._print(self._waiting.popleft()))
+
+    def _print(self, x: torch.Tensor) -> Any:
+        if x.layout is not torch.strided or x.is_meta:
+            return None
+        with torch.no_grad(), without_dispatch_modes():
+            return checksum(x) if self.level == "fingerprint" else _bits(x).clone()
+
+    def compare(self, refs: list[Any], mismatch: Any) -> None:
+        """Compare the values that a replay put into the living slots; one synchronisation for all of them."""
+        self.seal()
+        wrong = []
+        for i, ref in enumerate(refs):
+            slot = ref()
+            if slot is None or slot.value is None or self._prints[i] is None:
+                continue
+            wrong.append((i, self._print(slot.value) != self._prints[i]))
+        if wrong and any(bool(flag.any()) for _, flag in wrong):
+            mismatch.values([i for i, flag in wrong if bool(flag.any())])

@@ -1,0 +1,8 @@
+"""Modules as regions, in place: ``dc.apply``."""
+
+from __future__ import annotations
+
+from distckpt.modules.applied import Applied, apply, regions
+from distckpt.modules.errors import AlreadyRegion, ModuleGone, NeverCalled, NoMatch
+
+__all__ = ["AlreadyRegion", "Applied", "ModuleGone", "NeverCalled", "NoMatch", "apply", "regions"]
