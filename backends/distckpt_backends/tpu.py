@@ -24,6 +24,7 @@ _REASONS = {
     "current_memory": "no allocator counter of torch_tpu 0.2 has been verified",
     "peak_memory": "no allocator counter of torch_tpu 0.2 has been verified",
     "capture": "torch_tpu has no graph capture",
+    "autocast": 'only the device type "tpu" is known to torch.autocast',
 }
 
 
@@ -53,7 +54,7 @@ class TpuBackend(GeneratorBackend):
             peak_memory=False,
             deferred=True,
             capture=False,
-            autocast=True,
+            autocast=device_type == "tpu",
             reasons=_REASONS,
         )
 
