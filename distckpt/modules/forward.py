@@ -114,12 +114,17 @@ def _call(region: ModuleRegion, /, *args: Any, **kwargs: Any) -> Any:
     options = region.options
     if options is None:
         return inner(*args, **kwargs)
+    return _run(inner, args, kwargs, options)
+
+
+def _run(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Any:
     if is_dynamo_compiling():
         return _trace(inner, args, kwargs, options)
     return record(inner, args, kwargs, options)
 
 
-skip_frame(_call)  # after a graph break inside, Dynamo must not trace this frame again from its start
+# Not `_call`: with `layer.compile()` that is the frame Dynamo starts from.
+skip_frame(_run)
 
 
 def _trace(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Any:
