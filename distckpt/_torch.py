@@ -197,3 +197,78 @@ def checkpointed_by(module: torch.nn.Module) -> str | None:
     if "checkpoint" in (composable_contract()._get_registry(module) or ()):
         return "torch.distributed._composable.checkpoint"
     return None
+
+
+def user_saved_tensors_hooks(is_ours: Callable[[Any], bool]) -> tuple[Callable[[Any], Any], Callable[[Any], Any]] | None:
+    """The innermost hook pair that is not the engine's own, found by lifting ours off the stack for a moment."""
+    lifted = []
+    try:
+        while (top := top_saved_tensors_hooks()) is not None and is_ours(top):
+            pop_saved_tensors_hooks()
+            lifted.append(top)
+        return top
+    finally:
+        for pair in reversed(lifted):
+            push_saved_tensors_hooks(*pair)
+
+
+def is_tracing_call() -> bool:
+    """Whether an operator that a dispatch mode sees right now is being traced by AOTAutograd or export."""
+    return is_proxy_tracing()
+
+
+def tag_traced_nodes(graph_id: int | None, policy_name: str) -> Callable[[str], None] | None:
+    """Tag what is traced next for torch's partitioner; returns a function that re-tags the nodes added since."""
+    import torch.fx.traceback as fx_traceback
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    policies = torch.utils.checkpoint.CheckpointPolicy  # type: ignore[attr-defined]
+    original = partitioner_policy()
+    policies = original if original is not None else policies
+    fx_traceback.current_meta["ac_graph_id"] = graph_id
+    fx_traceback.current_meta["recompute"] = policies[policy_name]
+    mode = get_proxy_mode()
+    if mode is None:
+        return None
+    graph = mode.tracer.graph
+    before = len(graph.nodes)
+
+    def retag(name: str) -> None:
+        for node in list(graph.nodes)[before:]:
+            node.meta["recompute"] = policies[name]
+
+    return retag
+
+
+def partitioner_policy() -> Any:
+    """The policy enum that torch's partitioner compares with, also while its public name is replaced."""
+    from torch._functorch import partitioners
+
+    return getattr(partitioners, "CheckpointPolicy", None)
+
+
+def compiled_region_key(func: Any, args: tuple[Any, ...]) -> Any:
+    """A key for an inductor-compiled call, one per compiled region (pytorch#175258), or ``func`` itself."""
+    try:
+        from torch._higher_order_ops.wrap import _resolve_inductor_callable, inductor_compiled_code
+    except ImportError:  # before 2.11 such calls never reach a dispatch mode
+        return func
+    if func is inductor_compiled_code and args:
+        return func, _resolve_inductor_callable(args[0]).idx
+    return func
+
+
+def has_ordered_effect(op: Any) -> bool:
+    """Whether an operator has an ordered side effect, so that running it twice is not harmless (c10d excepted)."""
+    try:
+        from torch._higher_order_ops.effects import has_effects
+    except ImportError:
+        return False
+    return has_effects(op) and getattr(op, "namespace", "") != "c10d"
+
+
+def metadata_operators() -> set[Any]:
+    """Operators that only read metadata and are not worth a policy."""
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return set(FunctionalTensor.metadata_fns)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distckpt._torch import is_proxy_tracing
@@ -20,6 +21,7 @@ class Contexts:
 
     def __init__(self, make: ContextFn | None, region: Region) -> None:
         pair = make() if make is not None else (contextlib.nullcontext(), contextlib.nullcontext())
+        self._forward: Any
         self._forward, self._replay = pair
         self._log = region.log
         if make is not None and is_proxy_tracing() and not all(isinstance(c, TorchDispatchMode) for c in pair):
@@ -31,6 +33,7 @@ class Contexts:
             bind = getattr(context, "bind_region", None)
             if bind is not None:
                 bind(region)
+        self._cache = region.autocast_cache
         self._entered: contextlib.ExitStack | None = None
 
     def enter_forward(self) -> None:
@@ -38,6 +41,7 @@ class Contexts:
         with contextlib.ExitStack() as stack:
             if self._log is not None:
                 stack.enter_context(self._log.forward.recording())
+            self._no_cache(stack)
             stack.enter_context(self._forward)
             self._entered = stack.pop_all()
 
@@ -58,5 +62,17 @@ class Contexts:
             if self._log is not None:
                 self._log.replay.entries.clear()
                 stack.enter_context(self._log.replay.recording())
+            self._no_cache(stack)
+            if hasattr(self._forward, "paused"):  # the forward mode may still be on, around this replay
+                self._forward.paused += 1
+                stack.callback(self._resume)
             stack.enter_context(self._replay)
             yield
+
+    def _resume(self) -> None:
+        self._forward.paused -= 1
+
+    def _no_cache(self, stack: contextlib.ExitStack) -> None:
+        if not self._cache:
+            stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+            torch.set_autocast_cache_enabled(False)

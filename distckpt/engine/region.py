@@ -47,6 +47,7 @@ class Region:
         "__weakref__",
         "ambient",
         "args",
+        "autocast_cache",
         "backward",
         "buffers",
         "closed",
@@ -147,6 +148,7 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
         r.kwargs = kwargs or None
         r.buffers = None
     r.closed = False
+    r.autocast_cache = True
     r.backward = r.session = r.pins = r.log = r.tie = r.replay_context = r.verifier = r.stash = r.draws = None
     r.lock = threading.RLock()
     r.context = copy_context()

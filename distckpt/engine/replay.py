@@ -47,6 +47,13 @@ def _identity(x: Any) -> Any:
     return x
 
 
+def is_engine_hook(pair: tuple[Any, Any]) -> bool:
+    """Whether a saved-tensor hook pair is a region's own, from a record or a replay."""
+    from distckpt.engine.region import Region
+
+    return pair[1] is _identity or isinstance(getattr(pair[1], "__self__", None), Region)
+
+
 def _last_living(refs: list[Any]) -> int:
     n = len(refs)
     while n and refs[n - 1]() is None:

@@ -1,0 +1,250 @@
+"""``torch.utils.checkpoint.checkpoint`` and ``checkpoint_sequential`` over our engine, as of torch 2.15.
+
+Torch's defaults, warnings and error types; regions are not strict (see :class:`~distckpt.engine.options.Options`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from distckpt._torch import dynamo_callback, skip_frame, torch_operator, without_dynamo
+from distckpt.engine import switches
+from distckpt.engine.api import chunk, run_chunk
+from distckpt.engine.options import CHECKS, Options
+from distckpt.engine.record import record
+from distckpt.engine.reentrant import CheckpointFunction
+from distckpt.engine.region import abort_region, close_region, open_region
+
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+
+
+def noop_context_fn() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
+    """The default ``context_fn``: two contexts that do nothing."""
+    return contextlib.nullcontext(), contextlib.nullcontext()
+
+
+def _unspecified(function: str) -> None:
+    warnings.warn(
+        f"torch.utils.checkpoint{function}: the use_reentrant parameter should be passed explicitly. In a future "
+        "release, leaving it out will raise an exception. use_reentrant=False is recommended; use_reentrant=True keeps "
+        "today's default.",
+        stacklevel=4,
+    )
+
+
+def _unexpected(kwargs: dict[str, Any]) -> None:
+    if kwargs:
+        raise ValueError("Unexpected keyword arguments: " + ",".join(kwargs))
+
+
+class _CheckpointedFunction:
+    """A function whose every call is a region; binds like a method."""
+
+    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
+        self.function = function
+        self.checkpoint_kwargs = options
+        functools.update_wrapper(self, function, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _checkpoint(self.function, args, kwargs, **self.checkpoint_kwargs)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        bind = getattr(self.function, "__get__", None)
+        if instance is None or bind is None:
+            return self
+        return type(self)(bind(instance, owner), **self.checkpoint_kwargs)
+
+
+def checkpoint(
+    function: Any = None,
+    *args: Any,
+    use_reentrant: bool | None = None,
+    preserve_rng_state: bool = True,
+    context_fn: Any = noop_context_fn,
+    determinism_check: str = "default",
+    debug: bool = False,
+    early_stop: bool = True,
+    respect_saved_tensors_hooks: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Torch's ``checkpoint``: same arguments, defaults and errors. See :func:`distckpt.checkpoint` for ours.
+
+    Without ``function`` it returns a decorator. ``use_reentrant`` left out means True, with a warning.
+
+    Raises:
+        ValueError: keyword arguments or options that the chosen variant does not take.
+        CheckpointError: in backward, when the recomputation does not match the forward.
+    """
+    options = {
+        "use_reentrant": use_reentrant,
+        "preserve_rng_state": preserve_rng_state,
+        "context_fn": context_fn,
+        "determinism_check": determinism_check,
+        "debug": debug,
+        "early_stop": early_stop,
+        "respect_saved_tensors_hooks": respect_saved_tensors_hooks,
+    }
+    if function is None and not args:
+        _unexpected(kwargs)
+        return functools.partial(_CheckpointedFunction, **options)
+    return _checkpoint(function, args, kwargs, **options)
+
+
+def _checkpoint(
+    function: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    use_reentrant: bool | None,
+    preserve_rng_state: bool,
+    context_fn: Any,
+    determinism_check: str,
+    debug: bool,
+    early_stop: bool,
+    respect_saved_tensors_hooks: bool | None,
+) -> Any:
+    if use_reentrant is None:
+        _unspecified("")
+        use_reentrant = True
+    if _is_dynamo_compiling():
+        options = {"use_reentrant": use_reentrant, "preserve_rng_state": preserve_rng_state}
+        if context_fn is not noop_context_fn:
+            options["context_fn"] = context_fn
+        return torch_operator(function, args, kwargs, options)
+    if use_reentrant:
+        _unexpected(kwargs)
+        if context_fn is not noop_context_fn or debug is not False or respect_saved_tensors_hooks is not None:
+            raise ValueError(
+                "Passing `context_fn`, `debug`, or `respect_saved_tensors_hooks` is only supported when "
+                "use_reentrant=False."
+            )
+        apply = CheckpointFunction.apply
+        if dynamo_callback() is not None:
+            apply = without_dynamo(apply)
+        return apply(function, preserve_rng_state, *args)
+    options = region_options(
+        preserve_rng_state, context_fn, determinism_check, debug, early_stop, respect_saved_tensors_hooks
+    )
+    return record(function, args, kwargs, options)
+
+
+def region_options(
+    preserve_rng_state: bool,
+    context_fn: Any,
+    determinism_check: str,
+    debug: bool,
+    early_stop: bool,
+    respect_saved_tensors_hooks: bool | None = None,
+) -> Options:
+    """Options of a region that behaves as torch's.
+
+    Raises:
+        ValueError: an unknown determinism check, or debug together with a context function.
+    """
+    override = switches.debug.get()
+    if (debug if override is None else override) and context_fn is not noop_context_fn:
+        raise ValueError("debug=True is incompatible with non-default context_fn")
+    if determinism_check not in CHECKS:
+        raise ValueError(f"determinism_check should be one of {list(CHECKS)}, but got {determinism_check}")
+    return _options(
+        bool(preserve_rng_state),
+        None if context_fn is noop_context_fn else context_fn,
+        determinism_check,
+        bool(debug),
+        bool(early_stop),
+        respect_saved_tensors_hooks,
+    )
+
+
+def _options(preserve: bool, context_fn: Any, check: str, debug: bool, early: bool, respect: bool | None) -> Options:
+    if context_fn is None:
+        return _plain_options(preserve, check, debug, early, respect)
+    return Options(preserve, context_fn, check, debug, early, respect, strict=False)
+
+
+@functools.lru_cache(maxsize=64)
+def _plain_options(preserve: bool, check: str, debug: bool, early: bool, respect: bool | None) -> Options:
+    return Options(preserve, None, check, debug, early, respect, strict=False)
+
+
+def _checkpoint_without_reentrant_generator(
+    fn: Any,
+    preserve_rng_state: bool = True,
+    context_fn: Any = noop_context_fn,
+    determinism_check: str = "default",
+    debug: bool = False,
+    early_stop: bool = True,
+    *args: Any,
+    respect_saved_tensors_hooks: bool | None = None,
+    **kwargs: Any,
+) -> Iterator[None]:
+    """A region opened at the first ``next`` and closed at the second, for callers that run ``fn`` themselves."""
+    return _checkpoint_without_reentrant_generator_impl(
+        fn,
+        args,
+        kwargs,
+        preserve_rng_state=preserve_rng_state,
+        context_fn=context_fn,
+        determinism_check=determinism_check,
+        debug=debug,
+        early_stop=early_stop,
+        respect_saved_tensors_hooks=respect_saved_tensors_hooks,
+    )
+
+
+def _checkpoint_without_reentrant_generator_impl(
+    fn: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    preserve_rng_state: bool = True,
+    context_fn: Any = noop_context_fn,
+    determinism_check: str = "default",
+    debug: bool = False,
+    early_stop: bool = True,
+    respect_saved_tensors_hooks: bool | None = None,
+) -> Iterator[None]:
+    options = region_options(
+        preserve_rng_state, context_fn, determinism_check, debug, early_stop, respect_saved_tensors_hooks
+    )
+    if not torch.is_grad_enabled():
+        yield
+        return
+    region = open_region(fn, args, kwargs, options)
+    try:
+        yield
+    except BaseException as error:
+        abort_region(region, error)
+        raise
+    close_region(region, None)
+
+
+def checkpoint_sequential(
+    functions: Any, segments: int, input: Any, use_reentrant: bool | None = None, **kwargs: Any
+) -> Any:
+    """Torch's ``checkpoint_sequential``: ``segments`` equal parts, all but the last checkpointed.
+
+    Raises:
+        ValueError: a keyword other than ``preserve_rng_state``.
+    """
+    if use_reentrant is None:
+        _unspecified(".checkpoint_sequential")
+        use_reentrant = True
+    preserve = kwargs.pop("preserve_rng_state", True)
+    _unexpected(kwargs)
+    *checkpointed, last = chunk(functions, segments)
+    for part in checkpointed:
+        run = functools.partial(run_chunk, part)
+        input = checkpoint(run, input, use_reentrant=use_reentrant, preserve_rng_state=preserve)
+    return run_chunk(last, input)
+
+
+skip_frame(checkpoint)
+skip_frame(_checkpoint)
+skip_frame(_CheckpointedFunction.__call__)

@@ -1,0 +1,3 @@
+"""``dc.devices``: the single-device-type rule."""
+
+from distckpt.engine.devices import rule as rule

@@ -1,0 +1,327 @@
+"""Selective regions with torch's calling convention: a policy per operator, two dispatch modes.
+
+The first mode runs around the forward and keeps the outputs that the policy wants saved; the second runs around a replay
+and answers those operators from what was kept.
+
+Note [Kept outputs]
+    A kept output is found by its operator and by how many calls of that operator came before it. In a region of
+    ``dc.*`` it may be asked for again, by a second backward or a double backward: it is dropped at its use only when
+    the running backward frees the graph, and one that is gone is computed again. In ``compat`` a second
+    use is torch's error.
+
+Note [Random operators]
+    A kept output of a random operator is not drawn again, so the generators must jump to where the operator left
+    them, or every later draw of the replay is another one. (Torch's selective regions do not, and their
+    gradients are wrong when a kept random operator precedes a recomputed one.)
+
+Note [Autocast]
+    Autocast caches weight casts across regions, so a forward may run fewer casts than its replay and the count of
+    operators would be off. In a region of ``dc.*`` the cache is off in both runs (pytorch#193338).
+"""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from distckpt._torch import (
+    compiled_region_key,
+    detach_below_autograd,
+    graph_task_id,
+    has_ordered_effect,
+    is_proxy_tracing,
+    keep_graph,
+    metadata_operators,
+    tag_traced_nodes,
+    user_saved_tensors_hooks,
+)
+from distckpt.engine import rng
+from distckpt.engine.region import Region
+from distckpt.engine.replay import is_engine_hook
+from distckpt.policy.errors import OffloadRefused, SavedOutputChanged, SelectiveMismatch
+
+
+class CheckpointPolicy(enum.Enum):
+    """What to do with an operator's output. ``MUST_*`` binds compilers too, ``PREFER_*`` is advice to them."""
+
+    MUST_SAVE = 0
+    PREFER_SAVE = 1
+    MUST_RECOMPUTE = 2
+    PREFER_RECOMPUTE = 3
+    MUST_CPU_OFFLOAD = 4
+    PREFER_CPU_OFFLOAD = 5
+
+
+class SelectiveCheckpointContext:
+    """First argument of a policy function. ``op_output`` is what the operator returned.
+
+    The policy is asked in the forward only, so ``is_recompute`` is always False; it exists for old code.
+    """
+
+    def __init__(self, *, is_recompute: bool, op_output: Any = None) -> None:
+        self.is_recompute = is_recompute
+        self.op_output = op_output
+
+
+SAC_IGNORED_OPS: set[Any] = {torch.ops.aten.detach.default, torch.ops.prim.device.default} | metadata_operators()
+
+_SAVE = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
+_OFFLOAD = (CheckpointPolicy.MUST_CPU_OFFLOAD, CheckpointPolicy.PREFER_CPU_OFFLOAD)
+_RECOMPUTE: Any = object()
+_CONSUMED: Any = object()
+_WHY = (
+    "This can happen if the operations in the checkpointed region are nondeterministic or depend on global state that "
+    "changed between forward and backward."
+)
+
+_EXTRA_BACKWARD = (
+    "Trying to backward an extra time. You are only allowed to backward once on any region computed under selective "
+    "activation checkpoint."
+)
+
+
+class _Kept:
+    """One kept tensor, with the version it was kept at, or what the user's hook made of it."""
+
+    __slots__ = ("unpack", "value", "version")
+
+    def __init__(self, value: Any, hooks: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            value = detach_below_autograd(value)
+        if hooks is not None and isinstance(value, torch.Tensor):
+            self.value, self.unpack, self.version = hooks[0](value), hooks[1], None
+        else:
+            self.value, self.unpack = value, None
+            self.version = value._version if isinstance(value, torch.Tensor) else None
+
+    def get(self, may_change: bool, strict: bool, again: bool) -> Any:
+        if self.unpack is not None:
+            return self.unpack(self.value)
+        if self.version is None:
+            return self.value
+        if not may_change and self.value._version != self.version:
+            text = "Tensor cached during selective activation checkpoint has been mutated"
+            raise SavedOutputChanged(text, fix="do not select operators whose outputs are changed in place") if (
+                strict
+            ) else RuntimeError(text)
+        # Autograd writes its history onto the tensor a mode returns; one that is used again needs a fresh alias.
+        return detach_below_autograd(self.value) if again else self.value
+
+
+class _Entry:
+    """A kept output and where it left the generators, if it drew."""
+
+    __slots__ = ("after", "out")
+
+    def __init__(self, out: Any, after: list[tuple[Any, Any]] | None) -> None:
+        self.out = out
+        self.after = after
+
+
+class _Selective(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.region: Region | None = None
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def bind_region(self, region: Region) -> None:
+        """The engine says which region these contexts serve."""
+        self.region = region
+        if region.options.strict:
+            region.autocast_cache = False
+
+    @property
+    def strict(self) -> bool:
+        return self.region is not None and self.region.options.strict
+
+
+class CachingMode(_Selective):
+    """Around the forward: ask the policy, keep what it wants."""
+
+    def __init__(self, policy_fn: Callable[..., Any], storage: Any, ac_graph_id: int | None = None) -> None:
+        super().__init__()
+        self.policy_fn = policy_fn
+        self.storage = storage
+        self.ac_graph_id = ac_graph_id
+        self.func_counter: dict[Any, int] = defaultdict(int)
+        self.respect_saved_tensors_hooks: bool | None = None
+        self.paused = 0  # a replay during the record (a gradient taken inside) is not part of the record
+
+    def bind_region(self, region: Region) -> None:
+        super().bind_region(region)
+        self.respect_saved_tensors_hooks = region.options.respect_saved_tensors_hooks
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.paused or func in SAC_IGNORED_OPS:
+            return func(*args, **kwargs)
+        tracing = is_proxy_tracing()
+        retag = tag_traced_nodes(self.ac_graph_id, "PREFER_RECOMPUTE") if tracing else None
+        draws = not tracing and self._may_draw(func)
+        before = [(s, s.get_state()) for s in self._streams()] if draws else ()
+        out = func(*args, **kwargs)
+        key = compiled_region_key(func, args)
+        index = self.func_counter[key]
+        self.func_counter[key] += 1
+        policy = self._policy(func, out, args, kwargs)
+        if retag is not None:
+            retag(policy.name)
+        if policy in _SAVE or tracing:
+            after = [(s, s.get_state()) for s, state in before if s.moved(state)]
+            hooks = None if tracing else self._user_hooks()
+            kept = tree_map(lambda x: _Kept(x, hooks), out)
+            self.storage[key][index] = _Entry(kept, after or None)
+        else:
+            self.storage[key][index] = _RECOMPUTE
+        return out
+
+    def _policy(self, func: Any, out: Any, args: Any, kwargs: Any) -> CheckpointPolicy:
+        policy = self.policy_fn(SelectiveCheckpointContext(is_recompute=False, op_output=out), func, *args, **kwargs)
+        if isinstance(policy, bool):
+            return CheckpointPolicy.MUST_SAVE if policy else CheckpointPolicy.PREFER_RECOMPUTE
+        if not isinstance(policy, CheckpointPolicy):
+            policy = CheckpointPolicy[policy.name]  # torch's own enum
+        if policy not in _SAVE and policy is not CheckpointPolicy.MUST_RECOMPUTE and has_ordered_effect(func):
+            return CheckpointPolicy.MUST_SAVE
+        if policy in _OFFLOAD and self.strict:
+            raise OffloadRefused(
+                f"the policy wants {func} offloaded to the CPU, which this version cannot do",
+                why="torch accepts this policy in eager mode and silently recomputes",
+                fix="return MUST_SAVE or MUST_RECOMPUTE",
+            )
+        return policy
+
+    def _may_draw(self, func: Any) -> bool:
+        r = self.region
+        return (
+            r is not None
+            and r.options.strict
+            and r.options.preserve_rng_state
+            and torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+        )
+
+    def _streams(self) -> list[Any]:
+        r = self.region
+        assert r is not None
+        return [draw.stream for draw in rng.so_far(r.rng_before, r.stash)]
+
+    def _user_hooks(self) -> Any:
+        hooks = user_saved_tensors_hooks(is_engine_hook)
+        if hooks is None:
+            return None
+        respects = self.respect_saved_tensors_hooks
+        if respects is None and self.strict:
+            return hooks
+        if respects is None:
+            warnings.warn(
+                "A saved_tensors_hooks context (e.g. save_on_cpu) is active around a selective activation checkpoint "
+                "region. Tensors that the region keeps bypass these hooks for now and will not in a future release. "
+                "Pass respect_saved_tensors_hooks=True|False to choose and to silence this warning.",
+                FutureWarning,
+                stacklevel=2,
+            )
+        return hooks if respects else None
+
+
+class CachedMode(_Selective):
+    """Around a replay: answer from what was kept."""
+
+    def __init__(self, policy_fn: Any, storage: Any, allow_cache_entry_mutation: bool = False) -> None:
+        super().__init__()
+        self.storage = storage
+        self.allow_cache_entry_mutation = allow_cache_entry_mutation
+        self.func_counter: dict[Any, int] = defaultdict(int)
+
+    def __enter__(self) -> Any:
+        self.func_counter.clear()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in SAC_IGNORED_OPS:
+            return func(*args, **(kwargs or {}))
+        key = compiled_region_key(func, args)
+        index = self.func_counter[key]
+        self.func_counter[key] += 1
+        calls = self.storage.get(key)
+        if calls is None or index not in calls:
+            return self._unknown(func, index, calls, args, kwargs or {})
+        entry = calls[index]
+        if entry is _CONSUMED and not self.strict:
+            raise RuntimeError(_EXTRA_BACKWARD)
+        if entry is _RECOMPUTE or entry is _CONSUMED:
+            return func(*args, **(kwargs or {}))
+        again = self.strict and not self._last_use()
+        if not again:
+            calls[index] = _CONSUMED
+        for stream, state in entry.after or ():
+            stream.set_state(state)
+        return tree_map(lambda x: x.get(self.allow_cache_entry_mutation, self.strict, again), entry.out)
+
+    def _last_use(self) -> bool:
+        r = self.region
+        assert r is not None
+        return r.closed and r.session is None and graph_task_id() != -1 and not keep_graph()
+
+    def _unknown(self, func: Any, index: int, calls: Any, args: Any, kwargs: Any) -> Any:
+        if calls is None:
+            text = f"{func} encountered during backward but not found in storage. {_WHY}"
+        else:
+            text = f"{func} invocation index {index} encountered during backward but not found in storage. {_WHY}"
+        if not self.strict:
+            raise RuntimeError(text)
+        assert self.region is not None
+        if not self.region.closed:
+            return func(*args, **kwargs)  # a replay during the record may run past its end
+        raise SelectiveMismatch(text, fix="make the region depend on its inputs only")
+
+
+def create_selective_checkpoint_contexts(
+    policy_fn_or_list: Callable[..., Any] | list[Any], allow_cache_entry_mutation: bool = False
+) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """The two contexts of a selective region; give ``functools.partial`` of this as ``context_fn``.
+
+    Args:
+        policy_fn_or_list: ``policy(ctx, op, *args, **kwargs) -> CheckpointPolicy``, or a list of operators
+            (``torch.ops.aten.mm.default``) to save, everything else being recomputed.
+        allow_cache_entry_mutation: do not refuse kept outputs that were changed in place.
+
+    Raises:
+        ValueError: the list holds something that is not an ``OpOverload`` or a higher-order operator.
+        TypeError: neither a function nor a list.
+    """
+    if isinstance(policy_fn_or_list, list):
+        for op in policy_fn_or_list:
+            _check_operator(op)
+        chosen = frozenset(policy_fn_or_list)
+
+        def policy_fn(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+            return CheckpointPolicy.MUST_SAVE if op in chosen else CheckpointPolicy.PREFER_RECOMPUTE
+
+    elif callable(policy_fn_or_list):
+        policy_fn = policy_fn_or_list
+    else:
+        raise TypeError("policy_fn_or_list must be either a function or a list of ops.")
+    storage: dict[Any, dict[int, Any]] = defaultdict(dict)
+    return CachingMode(policy_fn, storage), CachedMode(None, storage, allow_cache_entry_mutation)
+
+
+def _check_operator(op: Any) -> None:
+    if isinstance(op, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)):
+        return
+    tip = ""
+    if isinstance(op, torch._ops.OpOverloadPacket):
+        tip = (
+            "Please update the OpOverloadPacket to a specific OpOverload. For example, if you have "
+            "`torch.ops.aten.mm`, change it to `torch.ops.aten.mm.default`."
+        )
+    raise ValueError(f"Expected op in `op_list` to be an OpOverload but got: {op} of type {type(op)}. {tip}")
