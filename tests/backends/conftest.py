@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+import os
 
 import distckpt_backends
+import pytest
+
 from tests.fakes.fixtures import lazy, mps_shaped, tpu_shaped
 
 from .targets import FAKES, REAL, Target, real_target
+
+# Read when torch_xla starts its runtime: two devices show that each one has a random state of its own.
+os.environ.setdefault("CPU_NUM_DEVICES", "2")
 
 __all__ = ["lazy", "mps_shaped", "tpu_shaped"]
 

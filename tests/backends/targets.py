@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import distckpt_backends
 import pytest
 import torch
-
-import distckpt_backends
 from distckpt_backends import Backend
 
 REAL = ("cpu", "cuda", "mps", "xla", "tpu", "xpu", "mtia")

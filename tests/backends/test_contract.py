@@ -5,13 +5,12 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 
+import distckpt_backends
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import distckpt_backends
 from distckpt_backends.errors import DeviceError, RngStateError
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .targets import Target
 
@@ -27,7 +26,13 @@ DRAWS: dict[str, Callable[[torch.device], torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", DRAWS)
+@pytest.fixture(params=DRAWS)
+def name(request: pytest.FixtureRequest, target: Target) -> str:
+    if request.param == "randperm" and target.backend.device_type == "xla":
+        pytest.skip("xla: torch_xla 2.9 runs randperm on the host, whose generator is always stashed")
+    return request.param
+
+
 def test_restoring_a_stash_repeats_the_draws(target: Target, name: str) -> None:
     for device in target.devices:
         state = target.backend.rng_stash(device)
@@ -38,7 +43,6 @@ def test_restoring_a_stash_repeats_the_draws(target: Target, name: str) -> None:
         assert torch.equal(second.cpu(), DRAWS[name](device).cpu())
 
 
-@pytest.mark.parametrize("name", DRAWS)
 def test_moved_says_true_exactly_after_a_draw(target: Target, name: str) -> None:
     for device in target.devices:
         state = target.backend.rng_stash(device)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import pytest
-
 import distckpt_backends
+import pytest
 from distckpt_backends.mps import MpsBackend
 from distckpt_backends.tpu import TpuBackend
 

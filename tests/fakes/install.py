@@ -42,7 +42,7 @@ def install_fake() -> FakeModule:
 def _finish(kind: str, module: FakeModule, key: str) -> None:
     _installed[kind] = module
     OWNERS[kind] = module
-    library = torch.library.Library("aten", "IMPL", key)  # noqa: TOR901
+    library = torch.library.Library("aten", "IMPL", key)
     library.impl("empty.memory_format", _empty)
     library.impl("empty_strided", _empty_strided)
     for name, overload in _RESIZING:
