@@ -134,19 +134,20 @@ def autocast_nesting():
             torch.clear_autocast_cache()
 
 
-def sdp_state() -> tuple[bool, bool, bool, bool]:
-    """Which fused attention kernels are allowed: flash, memory efficient, math, cuDNN."""
+def sdp_readers() -> tuple[Callable[[], Any], ...]:
+    """Readers of the attention state: flash, memory efficient, math and cuDNN allowed, and the order they are tried."""
     c = torch._C
     return (
-        c._get_flash_sdp_enabled(),
-        c._get_mem_efficient_sdp_enabled(),
-        c._get_math_sdp_enabled(),
-        c._get_cudnn_sdp_enabled(),
+        c._get_flash_sdp_enabled,
+        c._get_mem_efficient_sdp_enabled,
+        c._get_math_sdp_enabled,
+        c._get_cudnn_sdp_enabled,
+        c._get_sdp_priority_order,
     )
 
 
-def set_sdp_state(state: tuple[bool, bool, bool, bool]) -> None:
-    """Inverse of :func:`sdp_state`."""
+def set_sdp_state(state: tuple[bool, ...]) -> None:
+    """Allow attention kernels: flash, memory efficient, math, cuDNN."""
     c = torch._C
     c._set_sdp_use_flash(state[0])
     c._set_sdp_use_mem_efficient(state[1])
@@ -154,13 +155,8 @@ def set_sdp_state(state: tuple[bool, bool, bool, bool]) -> None:
     c._set_sdp_use_cudnn(state[3])
 
 
-def sdp_priority() -> list[int]:
-    """The order in which attention kernels are tried."""
-    return torch._C._get_sdp_priority_order()
-
-
 def set_sdp_priority(order: list[int]) -> None:
-    """Inverse of :func:`sdp_priority`."""
+    """Choose the order in which attention kernels are tried."""
     torch._C._set_sdp_priority_order(order)
 
 

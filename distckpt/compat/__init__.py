@@ -10,7 +10,7 @@ from distckpt.engine.errors import CheckpointError as CheckpointError
 from distckpt.engine.reentrant import CheckpointFunction as CheckpointFunction
 from distckpt.engine.reentrant import check_backward_validity as check_backward_validity
 from distckpt.engine.reentrant import detach_variable as detach_variable
-from distckpt.engine.session import GraphExecGroup as GraphExecGroup
+from distckpt.engine.sessions import GraphExecGroup as GraphExecGroup
 from distckpt.engine.switches import set_checkpoint_debug_enabled as set_checkpoint_debug_enabled
 from distckpt.engine.switches import set_checkpoint_early_stop as set_checkpoint_early_stop
 from distckpt.policy.selective import SAC_IGNORED_OPS as SAC_IGNORED_OPS

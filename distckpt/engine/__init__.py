@@ -3,7 +3,7 @@
 from distckpt.engine.api import checkpoint as checkpoint
 from distckpt.engine.api import checkpoint_sequential as checkpoint_sequential
 from distckpt.engine.errors import CheckpointError as CheckpointError
-from distckpt.engine.pin import pin as pin
-from distckpt.engine.session import Session as Session
-from distckpt.engine.session import session as session
+from distckpt.engine.pins import pin as pin
+from distckpt.engine.sessions import Session as Session
+from distckpt.engine.sessions import session as session
 from distckpt.engine.state import is_recomputing as is_recomputing

@@ -18,8 +18,7 @@ from distckpt._torch import (
     device_context,
     function_mode_depth,
     is_any_autocast_enabled,
-    sdp_priority,
-    sdp_state,
+    sdp_readers,
     set_sdp_priority,
     set_sdp_state,
 )
@@ -27,6 +26,7 @@ from distckpt._torch import (
 _default_dtype = torch.get_default_dtype
 _deterministic = torch._C._get_deterministic_algorithms
 _warn_only = torch._C._get_deterministic_algorithms_warn_only
+_flash, _efficient, _math, _cudnn, _priority = sdp_readers()
 
 Ambient = tuple[Any, ...]
 
@@ -37,8 +37,11 @@ def snapshot() -> Ambient:
         _default_dtype(),
         _deterministic(),
         _warn_only(),
-        sdp_state(),
-        sdp_priority(),
+        _flash(),
+        _efficient(),
+        _math(),
+        _cudnn(),
+        _priority(),
         _autocast() if is_any_autocast_enabled() else None,
         device_context() if function_mode_depth() else None,
     )
@@ -54,11 +57,11 @@ def _autocast() -> tuple[bool, tuple[tuple[str, bool, torch.dtype], ...]]:
 def entered(then: Ambient, now: Ambient) -> Iterator[None]:
     """Make the ambient state ``then`` inside the block, given that it is ``now`` outside."""
     with contextlib.ExitStack() as stack:
-        if then[5] != now[5]:
-            stack.enter_context(_autocast_entered(then[5]))
-        if then[6] != now[6]:
+        if then[8] != now[8]:
+            stack.enter_context(_autocast_entered(then[8]))
+        if then[9] != now[9]:
             # A fresh context: re-entering the recorded instance would corrupt its exit state (pytorch#180423).
-            stack.enter_context(torch.device(then[6] if then[6] is not None else "cpu"))
+            stack.enter_context(torch.device(then[9] if then[9] is not None else "cpu"))
         try:
             _set(then, now)
             yield
@@ -71,10 +74,10 @@ def _set(to: Ambient, of: Ambient) -> None:
         torch.set_default_dtype(to[0])
     if to[1:3] != of[1:3]:
         torch.use_deterministic_algorithms(to[1], warn_only=to[2])
-    if to[3] != of[3]:
-        set_sdp_state(to[3])
-    if to[4] != of[4]:
-        set_sdp_priority(to[4])
+    if to[3:7] != of[3:7]:
+        set_sdp_state(to[3:7])
+    if to[7] != of[7]:
+        set_sdp_priority(to[7])
 
 
 @contextlib.contextmanager

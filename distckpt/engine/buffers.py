@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from distckpt._torch import preserve_versions
 from distckpt.engine.errors import BufferChanged
 
+_PLAIN = frozenset({int, float, str, bool, type(None), torch.Tensor})
 _SMALL = 1024  # elements; copying one is cheaper than being wrong about it
 
 _global_names: dict[CodeType, tuple[str, ...]] = {}
@@ -31,41 +32,51 @@ _known_to_change: weakref.WeakKeyDictionary[Module, set[str]] = weakref.WeakKeyD
 _trees: weakref.WeakKeyDictionary[Module, _Tree] = weakref.WeakKeyDictionary()
 
 
-def reached_modules(fn: Any) -> list[Module]:
+def reached_modules(fn: Any) -> list[Module] | None:
     """The modules that calling ``fn`` can reach without going through its arguments."""
+    kind = type(fn)
+    if kind is FunctionType:
+        return _reached_by_function(fn)
     if isinstance(fn, Module):
         return [fn]
-    if type(fn) is MethodType:
+    if kind is MethodType:
         owner = fn.__self__
-        found = [owner] if isinstance(owner, Module) else []
-        return [*found, *reached_modules(fn.__func__)]
-    if type(fn) is partial:
-        bound = [v for v in (*fn.args, *fn.keywords.values()) if isinstance(v, Module)]
-        return [*reached_modules(fn.func), *bound]
-    if type(fn) is not FunctionType:
-        return []
-    found = []
+        found = _reached_by_function(fn.__func__) or []
+        return [owner, *found] if isinstance(owner, Module) else found
+    if kind is partial:
+        bound = [m for v in (*fn.args, *fn.keywords.values()) for m in _modules_in(v)]
+        return [*(reached_modules(fn.func) or ()), *bound]
+    call = getattr(kind, "__call__", None)
+    return _reached_by_function(call) if type(call) is FunctionType else None
+
+
+def _modules_in(value: Any) -> list[Module]:
+    if isinstance(value, Module):
+        return [value]
+    if type(value) in (list, tuple):
+        return [v for v in value if isinstance(v, Module)]
+    owner = value.__self__ if type(value) is MethodType else None
+    return [owner] if isinstance(owner, Module) else []
+
+
+def _reached_by_function(fn: Any) -> list[Module] | None:
+    found: list[Module] | None = None
+    code = fn.__code__
+    names = _global_names.get(code)
+    if names is None:
+        used = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+        names = _global_names[code] = tuple(used)
+    for name in names:
+        value = fn.__globals__.get(name)
+        if isinstance(value, Module):
+            found = [*(found or ()), value]
     for cell in fn.__closure__ or ():
         try:
             value = cell.cell_contents
         except ValueError:  # a name that is not assigned yet
             continue
-        if isinstance(value, Module):
-            found.append(value)
-        elif type(value) in (list, tuple):
-            found.extend(v for v in value if isinstance(v, Module))
-        elif type(value) is MethodType and isinstance(value.__self__, Module):
-            found.append(value.__self__)
-    code = fn.__code__
-    names = _global_names.get(code)
-    if names is None:
-        names = tuple({i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"})
-        _global_names[code] = names
-    scope = fn.__globals__
-    for name in names:
-        value = scope.get(name)
-        if isinstance(value, Module):
-            found.append(value)
+        if type(value) not in _PLAIN:
+            found = [*(found or ()), *_modules_in(value)]
     return found
 
 

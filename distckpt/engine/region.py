@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from distckpt._torch import (
     push_saved_tensors_hooks,
     queue_callback,
 )
-from distckpt.engine import ambient, buffers, rng, session, streams, switches
+from distckpt.engine import ambient, buffers, rng, sessions, streams, switches
 from distckpt.engine.barrier import Tie
 from distckpt.engine.devices import choose, current_rule, device_types, stashed_backends
 from distckpt.engine.errors import LateDevice, SuppressedException, UnstashedDraw
@@ -43,32 +43,30 @@ _debug = switches.debug.get
 class Region:
     """One checkpointed call. Made by :func:`open_region`, finished by :func:`close_region`."""
 
-    __slots__ = (
-        "__weakref__",
-        "ambient",
-        "args",
-        "autocast_cache",
-        "backward",
-        "buffers",
-        "closed",
-        "context",
-        "draws",
-        "early_stop",
-        "fn",
-        "kwargs",
-        "lock",
-        "log",
-        "options",
-        "outer",
-        "pins",
-        "refs",
-        "replay_context",
-        "rng_before",
-        "session",
-        "stash",
-        "tie",
-        "verifier",
-    )
+    # Most regions need few of these; a class default costs nothing per call.
+    fn: Any
+    args: list[Any]
+    kwargs: Any = None
+    options: Options
+    refs: list[weakref.ref[Slot]]
+    lock: Any
+    context: Context
+    ambient: ambient.Ambient
+    early_stop: bool
+    outer: Any = None
+    closed = False
+    autocast_cache = True
+    buffers: Any = None
+    rng_before: Any = None  # the CPU state, until the record ends
+    stash: rng.Stash | None = None  # other streams, until the record ends
+    draws: list[rng.Draw] | None = None  # after it: what the forward drew
+    pins: list[Any] | None = None
+    session: sessions.Session | None = None
+    backward: Any = None  # the graph task or session of the last replay
+    replay_context: Any = None
+    log: Any = None
+    verifier: Verifier | None = None
+    tie: Tie | None = None
 
     def unpack(self, slot: Slot) -> Any:
         """The value autograd asks for; replays the region when the slot is empty. Drops it at its last use."""
@@ -89,7 +87,7 @@ class Region:
             value = slot.value
             if self.session is None:
                 slot.value = None
-                if graph_task_id() == -1 and not isinstance(self.backward, session.Session):
+                if graph_task_id() == -1 and not isinstance(self.backward, sessions.Session):
                     self.clear()  # no backward will use, or end and release, the other values
         return value
 
@@ -98,11 +96,11 @@ class Region:
         from distckpt.engine.replay import replay  # the two files are halves of one object
 
         task = graph_task_id()
-        current = session.current() if session.any_open() else None
+        current = sessions.current() if sessions.any_open() else None
         if current is not None:
             current.admit(self, task)
         elif not self.options.strict:
-            session.refuse_second_unpack(self, task)
+            sessions.refuse_second_unpack(self, task)
         replay(self)
         self.backward = task if current is None else current
         if current is None and self.session is None and task != -1:
@@ -140,27 +138,26 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
     if strict:
         r.fn = own(fn) if type(fn) is partial else fn
         r.args = [make_saved_tensor(a, False) if isinstance(a, _Tensor) else own(a) for a in args]
-        r.kwargs = own(kwargs) if kwargs else None
+        if kwargs:
+            r.kwargs = own(kwargs)
         r.buffers = buffers.watch(fn)
     else:
         r.fn = fn
         r.args = [make_saved_tensor(a, False) if isinstance(a, _Tensor) else a for a in args]
-        r.kwargs = kwargs or None
-        r.buffers = None
-    r.closed = False
-    r.autocast_cache = True
-    r.backward = r.session = r.pins = r.log = r.tie = r.replay_context = r.verifier = r.stash = r.draws = None
+        if kwargs:
+            r.kwargs = kwargs
     r.lock = threading.RLock()
     r.context = copy_context()
     r.ambient = ambient.snapshot()
-    if session.any_open():
-        session.enroll(r)
+    if sessions.any_open():
+        sessions.enroll(r)
     backends = live()
     if backends:
         _stash_devices(r, fn, args, kwargs, backends)
     elif streams.registered() and options.preserve_rng_state:
         r.stash = rng.Stash((), ())
-    r.rng_before = rng.cpu_before() if options.preserve_rng_state else None
+    if options.preserve_rng_state:
+        r.rng_before = rng.cpu_before()
     r.refs = []
     counters.regions += 1
     r.outer = here.frame
@@ -177,14 +174,18 @@ def _packer(r: Region) -> Any:
     if check == "default":
 
         def pack(x: torch.Tensor) -> Slot:
-            slot = Slot((x.shape, x.dtype, x.device, x._version))
+            slot = Slot()
+            slot.value = None
+            slot.meta = (x.shape, x.dtype, x.device, x._version)
             add(_ref(slot))
             return slot
 
     elif check == "none":
 
         def pack(x: torch.Tensor) -> Slot:
-            slot = Slot(None)
+            slot = Slot()
+            slot.value = None
+            slot.meta = None
             add(_ref(slot))
             return slot
 
@@ -192,7 +193,9 @@ def _packer(r: Region) -> Any:
         verifier = r.verifier = Verifier(check)
 
         def pack(x: torch.Tensor) -> Slot:
-            slot = Slot((x.shape, x.dtype, x.device, x._version))
+            slot = Slot()
+            slot.value = None
+            slot.meta = (x.shape, x.dtype, x.device, x._version)
             add(_ref(slot))
             verifier.saw(x)
             return slot

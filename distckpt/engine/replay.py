@@ -8,13 +8,15 @@ Note [Early stop]
     are only known to end before the last one when the region drew nothing.
 
 Note [What a slot is given]
-    A detached alias. Keeping the tensor itself would keep the whole recomputed graph alive, and for a frozen
-    parameter it would hand back whatever its storage has become by then: a sharding engine may have freed it.
+    An intermediate value as it is. Its recomputed graph stays alive with it, but holds no tensors: what that graph
+    saves goes through our hook, which gives it a weak reference to the slot. A leaf is detached: a trainable one
+    would be the live parameter, whose storage a sharding engine may have freed by then; a frozen one as well.
 """
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +30,7 @@ from distckpt._torch import (
     without_dynamo,
 )
 from distckpt.engine import ambient, rng
+from distckpt.engine.errors import ReplayError
 from distckpt.engine.events import counters
 from distckpt.engine.inputs import give_back
 from distckpt.engine.mismatch import Mismatch
@@ -43,15 +46,25 @@ class Stop(BaseException):
     """Every slot is full."""
 
 
-def _identity(x: Any) -> Any:
-    return x
+def _from_slot(saved: Any) -> Any:
+    """A value that the recomputed graph saved, for a gradient taken inside a replay."""
+    if type(saved) is not weakref.ref:
+        return saved
+    slot = saved()
+    if slot is None or slot.value is None:
+        raise ReplayError(
+            "a backward through tensors that a replay computed, after the replay has ended",
+            why="a replay only serves the graph of its forward; its own graph is gone",
+            fix="do not keep tensors that a region computes while dc.is_recomputing()",
+        )
+    return slot.value
 
 
 def is_engine_hook(pair: tuple[Any, Any]) -> bool:
     """Whether a saved-tensor hook pair is a region's own, from a record or a replay."""
     from distckpt.engine.region import Region
 
-    return pair[1] is _identity or isinstance(getattr(pair[1], "__self__", None), Region)
+    return pair[1] is _from_slot or isinstance(getattr(pair[1], "__self__", None), Region)
 
 
 def _last_living(refs: list[Any]) -> int:
@@ -124,23 +137,24 @@ def _run(
                 raise Stop
             i += 1
             return x.detach() if x.requires_grad else x
-        slot = refs[i]()
-        if slot is not None:
+        ref = refs[i]
+        slot = ref()
+        i += 1
+        if slot is None:  # this part of the graph is gone; only the recomputed graph may need the value
+            saved = x.detach() if x.requires_grad else x
+        else:
             meta = slot.meta
             if meta is not None and meta != (now := (x.shape, x.dtype, x.device, x._version)):
-                mismatch.compare(i, slot, x, now)
-            if x.requires_grad or type(x) is _Parameter:
+                mismatch.compare(i - 1, slot, x, now)
+            if x.is_leaf and (x.requires_grad or type(x) is _Parameter):
                 x = x.detach()
             slot.value = x
-        elif x.requires_grad:
-            x = x.detach()
-        i += 1
+            saved = ref
         if i == stop_at:
-            if draws and closed and rng.pending(draws):
-                stop_at = -1
-                return x
-            raise Stop
-        return x
+            if not (draws and closed and rng.pending(draws)):
+                raise Stop
+            stop_at = -1
+        return saved
 
     if dynamo_callback() is not None:
         fn = without_dynamo(fn)
@@ -149,7 +163,7 @@ def _run(
     here.replaying += 1
     grad = torch.is_grad_enabled()
     set_grad_enabled(True)
-    push_saved_tensors_hooks(pack, _identity)
+    push_saved_tensors_hooks(pack, _from_slot)
     try:
         r.context.copy().run(fn, *args, **kwargs)
     except Stop:

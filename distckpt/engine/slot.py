@@ -11,14 +11,11 @@ class Slot:
     Autograd owns the slot; the region only knows it weakly. So a slot that is gone means that its part
     of the graph was freed, and a replay need not fill it. ``value`` is None except between a replay and
     the value's last use. ``meta`` is what was saved in the forward: (shape, dtype, device, version), or
-    None when nobody wants it checked.
+    None when nobody wants it checked. There is no ``__init__``: a call of one would
+    cost more than the slot; whoever makes a slot sets both.
     """
 
     __slots__ = ("__weakref__", "meta", "value")
 
     meta: Any
     value: Any
-
-    def __init__(self, meta: Any) -> None:
-        self.meta = meta
-        self.value = None
