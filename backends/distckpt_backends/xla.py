@@ -36,9 +36,19 @@ class XlaBackend(Backend):
     def __init__(self) -> None:
         self._names: dict[torch.device, str] = {}  # checked devices
         self._live: tuple[torch.device, ...] = ()
+        self._flags: Capabilities | None = None
 
     @property
     def capabilities(self) -> Capabilities:  # type: ignore[override]
+        """Memory counts depend on the PJRT device, which is fixed once the runtime is up."""
+        if self._flags is None:
+            flags = self._read_flags()
+            if not self.is_initialized():
+                return flags
+            self._flags = flags
+        return self._flags
+
+    def _read_flags(self) -> Capabilities:
         memory = _torch.pjrt_device() not in (None, "CPU")
         return Capabilities(
             rng=True,

@@ -54,7 +54,9 @@ def test_states_made_in_inference_mode_restore_outside(backend: distckpt_backend
     assert torch.equal(first, torch.rand(3))
 
 
-def ratio(call: Callable[[], object], base: Callable[[], object], *, calls: int = 500, rounds: int = 30) -> float:
+def ratio(
+    call: Callable[[], object], base: Callable[[], object], *, calls: int = 500, rounds: int = 30
+) -> float:
     """Time of `call` over time of `base` in the best of many interleaved rounds: other work slows both."""
     found = float("inf")
     for _ in range(rounds):
@@ -76,6 +78,7 @@ def test_stash_and_moved_cost_about_one_read_of_the_generator(backend: distckpt_
 
 
 def test_asking_for_live_backends_is_almost_free_without_an_accelerator() -> None:
-    assert distckpt_backends.live() == ()
+    if distckpt_backends.live():
+        pytest.skip("an accelerator is in use in this process")
     # 0.1 us against 1 us
     assert ratio(distckpt_backends.live, torch.default_generator.get_state) < 0.3

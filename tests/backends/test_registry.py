@@ -144,6 +144,6 @@ def test_a_type_with_a_torch_module_needs_no_backend_of_its_own(lazy: FakeModule
 
 def test_a_device_module_that_appears_later_is_live_at_once(lazy: FakeModule) -> None:
     lazy._initialized = False
-    assert distckpt_backends.live() == ()
+    assert "lazy" not in [b.device_type for b in distckpt_backends.live()]
     lazy._initialized = True
-    assert [b.device_type for b in distckpt_backends.live()] == ["lazy"]
+    assert "lazy" in [b.device_type for b in distckpt_backends.live()]
