@@ -72,7 +72,14 @@ class GeneratorBackend(Backend):
     def rng_stash(self, device: torch.device) -> RngState:
         generator = self._generator(device)
         if self._capture_check is not None and self._capture_check():
-            return CapturedState.read(generator)
+            # The stream that records may be another device's; only under this device's guard can one tell.
+            with self.device_guard(device):
+                if self._capture_check():
+                    return CapturedState.read(generator)
+                return self._read(generator)
+        return self._read(generator)
+
+    def _read(self, generator: Any) -> RngState:
         if self._offsets:
             try:
                 return generator.initial_seed(), generator.get_offset()
@@ -81,26 +88,35 @@ class GeneratorBackend(Backend):
         return generator.get_state()
 
     def rng_moved(self, device: torch.device, state: RngState) -> bool:
-        if type(state) is CapturedState:
-            if not state.readable:
-                raise unreadable_capture(device)
-            now = self.rng_stash(device)
-            return type(now) is not CapturedState or not now.same(state)
+        if type(state) is CapturedState and not state.readable:
+            raise unreadable_capture(device)
         now = self.rng_stash(device)
+        if type(now) is CapturedState and type(state) is CapturedState:
+            return not now.same(state)
         if isinstance(now, torch.Tensor) and isinstance(state, torch.Tensor):
             return not same_bytes(now, state)
         return type(now) is not type(state) or now != state
 
     def rng_restore(self, device: torch.device, state: RngState) -> None:
         generator = self._generator(device)
-        capturing = self._capture_check is not None and self._capture_check()
-        if capturing != (type(state) is CapturedState):
-            raise crossed_capture(device, capturing)
+        if self._capture_check is not None and self._capture_check():
+            with self.device_guard(device):
+                self._write(generator, device, state, self._capture_check())
+        else:
+            self._write(generator, device, state, False)
+
+    def _write(self, generator: Any, device: torch.device, state: RngState, capturing: bool) -> None:
         if type(state) is CapturedState:
+            if not capturing:
+                raise crossed_capture(device, capturing)
             state.write(generator, device)
         elif isinstance(state, torch.Tensor):
+            if capturing:
+                raise crossed_capture(device, capturing)
             self._restore_bytes(generator, state)
         elif _is_counter(state):
+            if capturing:
+                raise crossed_capture(device, capturing)
             self._restore_counter(generator, state)
         else:
             raise foreign(self.device_type, "(seed, offset) with an offset that is a multiple of 4", state)

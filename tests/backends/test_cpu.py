@@ -81,4 +81,4 @@ def test_asking_for_live_backends_is_almost_free_without_an_accelerator() -> Non
     if distckpt_backends.live():
         pytest.skip("an accelerator is in use in this process")
     # 0.1 us against 1 us
-    assert ratio(distckpt_backends.live, torch.default_generator.get_state) < 0.3
+    assert ratio(distckpt_backends.live, torch.default_generator.get_state) < 0.6

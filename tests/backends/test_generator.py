@@ -132,6 +132,20 @@ def test_capture_with_unreadable_states_is_an_error_once_they_are_needed(
             assert "2.13" in str(caught.value)
 
 
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_capture_on_one_device_leaves_the_others_as_they_are(
+    lazy: FakeModule, backend: GeneratorBackend, readable: bool
+) -> None:
+    with lazy.capture(readable=readable):
+        state = backend.rng_stash(ONE)
+        assert isinstance(state, tuple)
+        first = torch.rand(4, device=ONE)
+        assert backend.rng_moved(ONE, state)
+        backend.rng_restore(ONE, state)
+        assert torch.equal(first, torch.rand(4, device=ONE))
+        assert lazy.current_device() == 0
+
+
 @pytest.mark.parametrize("inside_first", [True, False])
 def test_a_state_does_not_cross_the_border_of_a_capture(
     lazy: FakeModule, backend: GeneratorBackend, inside_first: bool

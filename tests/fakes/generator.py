@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 import torch
 
@@ -10,13 +11,17 @@ DEFAULT_SEED = 67280421310721
 
 
 class FakeGenerator:
-    """The default generator of one fake device. `gets` and `sets` count reads and writes of its state."""
+    """The default generator of one fake device. `gets` and `sets` count reads and writes of its state.
 
-    def __init__(self, device: torch.device) -> None:
+    `capturing` tells whether the *current* stream records a graph, as CUDA's generators ask; `registered` is whether
+    that graph knows this generator, and `readable` whether this torch gives its state then.
+    """
+
+    def __init__(self, device: torch.device, capturing: Callable[[], bool] = lambda: False) -> None:
         self.device = device
         self.gets = self.sets = 0
-        self.capturing = False
-        self.readable = True
+        self.capturing = capturing
+        self.registered = self.readable = False
         self._seed, self._offset = DEFAULT_SEED, 0
 
     def initial_seed(self) -> int:
@@ -41,14 +46,12 @@ class FakeGenerator:
         self._offset = offset
 
     def get_state(self) -> torch.Tensor:
-        if not self.readable:
-            self._refuse("current_seed")
+        self._refuse("current_seed", unless=self.registered and self.readable)
         self.gets += 1
         return torch.frombuffer(bytearray(struct.pack("<QQ", self._seed, self._offset)), dtype=torch.uint8)
 
     def set_state(self, state: torch.Tensor) -> None:
-        if not self.readable:
-            self._refuse("set_state")
+        self._refuse("set_state", unless=self.registered and self.readable)
         if state.numel() != 16:
             raise RuntimeError("RNG state is wrong size")
         self.sets += 1
@@ -60,6 +63,6 @@ class FakeGenerator:
         self._offset += (numel + 3) // 4 * 4
         return source
 
-    def _refuse(self, name: str) -> None:
-        if self.capturing:
+    def _refuse(self, name: str, *, unless: bool = False) -> None:
+        if self.capturing() and not unless:
             raise RuntimeError(f"Cannot call FakeGenerator::{name} during graph capture")

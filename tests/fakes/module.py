@@ -18,10 +18,12 @@ class FakeModule(ModuleType):
     def __init__(self, kind: str, count: int) -> None:
         super().__init__(f"torch.{kind}")
         self.kind, self.count = kind, count
-        self.default_generators = tuple(FakeGenerator(torch.device(kind, i)) for i in range(count))
+        self.default_generators = tuple(
+            FakeGenerator(torch.device(kind, i), self.is_current_stream_capturing) for i in range(count)
+        )
         self._current = 0
         self._initialized = True
-        self._capturing = False
+        self._capturing: int | None = None  # the device whose stream records a graph
         self.waits = 0
 
     def reset(self) -> None:
@@ -46,18 +48,18 @@ class FakeModule(ModuleType):
 
     @contextmanager
     def capture(self, *, readable: bool) -> Iterator[None]:
-        """As inside a graph capture: counters are refused, and byte states too unless `readable` (torch >= 2.13)."""
-        before = [(g._seed, g._offset) for g in self.default_generators]
-        self._capturing = True
-        for generator in self.default_generators:
-            generator.capturing, generator.readable, generator._offset = True, readable, 0
+        """The current device's stream records a graph: counters are refused while that device is current, and byte
+        states too unless `readable` (torch >= 2.13). Inside, the device's generator counts from the graph's start."""
+        generator = self.default_generators[self._current]
+        before = generator._seed, generator._offset
+        self._capturing = self._current
+        generator.registered, generator.readable, generator._offset = True, readable, 0
         try:
             yield
         finally:
-            self._capturing = False
-            for generator, (seed, offset) in zip(self.default_generators, before, strict=True):
-                generator.capturing, generator.readable = False, True
-                generator._seed, generator._offset = seed, offset
+            self._capturing = None
+            generator.registered = generator.readable = False
+            generator._seed, generator._offset = before
 
     # torch.cuda's names ----------------------------------------------------------------------------------
 
@@ -68,7 +70,7 @@ class FakeModule(ModuleType):
         return self._initialized
 
     def is_current_stream_capturing(self) -> bool:
-        return self._capturing
+        return self._capturing is not None and self._capturing == self._current
 
     def _is_in_bad_fork(self) -> bool:
         return False
