@@ -13,11 +13,50 @@ from typing import Any
 import torch
 from torch._C import _autograd
 
-# Hot names: bound once, called once or more per region. All are present from 2.9 to 2.15.
+
+class _Keep(torch.autograd.Function):
+    """A node whose only purpose is to hold one saved tensor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(anchor: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        return anchor.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[1])
+
+
+class _NodeSaved:
+    """A saved tensor for torch 2.9, which has the class but no way to make one: version checked, through the
+    saved-tensor hooks, exactly as a node's own, at the price of a node."""
+
+    __slots__ = ("_out",)
+
+    def __init__(self, tensor: torch.Tensor, is_output: bool = False) -> None:
+        with torch.enable_grad():
+            # the output, as the node's Python object alone does not keep the saved tensor
+            self._out: Any = _Keep.apply(torch.empty(0, requires_grad=True), tensor)
+
+    def unpack(self) -> torch.Tensor:
+        return self._out.grad_fn.saved_tensors[0]
+
+
+# Torch's own objects, bound before anybody can replace their names (``compat.install``).
+_ORIGINALS: Any = torch.utils.checkpoint  # type: ignore[attr-defined]
+original_checkpoint = _ORIGINALS.checkpoint
+original_selective_contexts = _ORIGINALS.create_selective_checkpoint_contexts
+OriginalPolicy = _ORIGINALS.CheckpointPolicy
+OriginalCheckpointError: type[RuntimeError] = _ORIGINALS.CheckpointError
+noop_context_fn = _ORIGINALS.noop_context_fn  # torch compares with it by identity
+ignored_operators: set[Any] = _ORIGINALS.SAC_IGNORED_OPS
+
+# Hot names: bound once, called once or more per region. Present from 2.9 to 2.15 but for _make_saved_tensor (2.10).
+make_saved_tensor: Callable[..., Any] = getattr(_autograd, "_make_saved_tensor", _NodeSaved)
+SavedTensor: type = _autograd.SavedTensor if make_saved_tensor is not _NodeSaved else _NodeSaved
 push_saved_tensors_hooks = _autograd._push_saved_tensors_default_hooks  # type: ignore[attr-defined]
 pop_saved_tensors_hooks = _autograd._pop_saved_tensors_default_hooks  # type: ignore[attr-defined]
-make_saved_tensor: Callable[..., Any] = _autograd._make_saved_tensor  # type: ignore[attr-defined]
-SavedTensor: type = _autograd.SavedTensor
 graph_task_id: Callable[[], int] = torch._C._current_graph_task_id
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
@@ -78,7 +117,9 @@ def without_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
     return disable(function)
 
 
-def torch_operator(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]) -> Any:
+def torch_operator(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
+) -> Any:
     """Torch's own checkpoint call. Only reached while Dynamo traces, which swaps it for its operator."""
     return torch.utils.checkpoint.checkpoint(function, *args, **options, **kwargs)  # type: ignore[attr-defined]
 
@@ -181,7 +222,9 @@ def composable_contract() -> Any:
     """
     import importlib
 
-    return importlib.import_module("torch.distributed._composable.contract")  # the package has a function of that name
+    return importlib.import_module(
+        "torch.distributed._composable.contract"
+    )  # the package has a function of that name
 
 
 def checkpointed_by(module: torch.nn.Module) -> str | None:
@@ -195,7 +238,9 @@ def checkpointed_by(module: torch.nn.Module) -> str | None:
     return None
 
 
-def user_saved_tensors_hooks(is_ours: Callable[[Any], bool]) -> tuple[Callable[[Any], Any], Callable[[Any], Any]] | None:
+def user_saved_tensors_hooks(
+    is_ours: Callable[[Any], bool],
+) -> tuple[Callable[[Any], Any], Callable[[Any], Any]] | None:
     """The innermost hook pair that is not the engine's own, found by lifting ours off the stack for a moment."""
     lifted = []
     try:
@@ -208,39 +253,11 @@ def user_saved_tensors_hooks(is_ours: Callable[[Any], bool]) -> tuple[Callable[[
             push_saved_tensors_hooks(*pair)
 
 
-def is_tracing_call() -> bool:
-    """Whether an operator that a dispatch mode sees right now is being traced by AOTAutograd or export."""
-    return is_proxy_tracing()
+def is_aot_tracing() -> bool:
+    """Whether AOTAutograd or export is tracing, also while it only propagates fake tensors."""
+    from torch._guards import TracingContext
 
-
-def tag_traced_nodes(graph_id: int | None, policy_name: str) -> Callable[[str], None] | None:
-    """Tag what is traced next for torch's partitioner; returns a function that re-tags the nodes added since."""
-    import torch.fx.traceback as fx_traceback
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
-    policies = torch.utils.checkpoint.CheckpointPolicy  # type: ignore[attr-defined]
-    original = partitioner_policy()
-    policies = original if original is not None else policies
-    fx_traceback.current_meta["ac_graph_id"] = graph_id
-    fx_traceback.current_meta["recompute"] = policies[policy_name]
-    mode = get_proxy_mode()
-    if mode is None:
-        return None
-    graph = mode.tracer.graph
-    before = len(graph.nodes)
-
-    def retag(name: str) -> None:
-        for node in list(graph.nodes)[before:]:
-            node.meta["recompute"] = policies[name]
-
-    return retag
-
-
-def partitioner_policy() -> Any:
-    """The policy enum that torch's partitioner compares with, also while its public name is replaced."""
-    from torch._functorch import partitioners
-
-    return getattr(partitioners, "CheckpointPolicy", None)
+    return TracingContext.try_get() is not None or is_proxy_tracing()
 
 
 def compiled_region_key(func: Any, args: tuple[Any, ...]) -> Any:
@@ -261,10 +278,3 @@ def has_ordered_effect(op: Any) -> bool:
     except ImportError:
         return False
     return has_effects(op) and getattr(op, "namespace", "") != "c10d"
-
-
-def metadata_operators() -> set[Any]:
-    """Operators that only read metadata and are not worth a policy."""
-    from torch._subclasses.functional_tensor import FunctionalTensor
-
-    return set(FunctionalTensor.metadata_fns)
