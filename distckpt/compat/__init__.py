@@ -1,8 +1,8 @@
 """Every public name of ``torch.utils.checkpoint`` (torch 2.15), over our engine, with torch's behaviour."""
 
+from distckpt._torch import noop_context_fn as noop_context_fn
 from distckpt.compat.checkpoint import checkpoint as checkpoint
 from distckpt.compat.checkpoint import checkpoint_sequential as checkpoint_sequential
-from distckpt.compat.checkpoint import noop_context_fn as noop_context_fn
 from distckpt.compat.device_states import get_device_states as get_device_states
 from distckpt.compat.device_states import set_device_states as set_device_states
 from distckpt.engine.devices import DefaultDeviceType as DefaultDeviceType
@@ -16,4 +16,6 @@ from distckpt.engine.switches import set_checkpoint_early_stop as set_checkpoint
 from distckpt.policy.selective import SAC_IGNORED_OPS as SAC_IGNORED_OPS
 from distckpt.policy.selective import CheckpointPolicy as CheckpointPolicy
 from distckpt.policy.selective import SelectiveCheckpointContext as SelectiveCheckpointContext
-from distckpt.policy.selective import create_selective_checkpoint_contexts as create_selective_checkpoint_contexts
+from distckpt.policy.selective import (
+    create_selective_checkpoint_contexts as create_selective_checkpoint_contexts,
+)

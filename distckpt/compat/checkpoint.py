@@ -5,7 +5,6 @@ Torch's defaults, warnings and error types; regions are not strict (see :class:`
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,7 +12,15 @@ from typing import Any
 
 import torch
 
-from distckpt._torch import dynamo_callback, skip_frame, torch_operator, without_dynamo
+from distckpt._torch import (
+    dynamo_callback,
+    is_aot_tracing,
+    noop_context_fn,
+    original_checkpoint,
+    skip_frame,
+    torch_operator,
+    without_dynamo,
+)
 from distckpt.engine import switches
 from distckpt.engine.api import chunk, run_chunk
 from distckpt.engine.options import CHECKS, Options
@@ -22,11 +29,6 @@ from distckpt.engine.reentrant import CheckpointFunction
 from distckpt.engine.region import abort_region, close_region, open_region
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-
-
-def noop_context_fn() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
-    """The default ``context_fn``: two contexts that do nothing."""
-    return contextlib.nullcontext(), contextlib.nullcontext()
 
 
 def _unspecified(function: str) -> None:
@@ -117,6 +119,17 @@ def _checkpoint(
         if context_fn is not noop_context_fn:
             options["context_fn"] = context_fn
         return torch_operator(function, args, kwargs, options)
+    if context_fn is not noop_context_fn and is_aot_tracing():
+        # Torch's operator, on its way through AOTAutograd, found our function under its name (compat.install).
+        return original_checkpoint(
+            function,
+            *args,
+            use_reentrant=use_reentrant,
+            preserve_rng_state=preserve_rng_state,
+            context_fn=context_fn,
+            early_stop=early_stop,
+            **kwargs,
+        )
     if use_reentrant:
         _unexpected(kwargs)
         if context_fn is not noop_context_fn or debug is not False or respect_saved_tensors_hooks is not None:
@@ -162,7 +175,9 @@ def region_options(
     )
 
 
-def _options(preserve: bool, context_fn: Any, check: str, debug: bool, early: bool, respect: bool | None) -> Options:
+def _options(
+    preserve: bool, context_fn: Any, check: str, debug: bool, early: bool, respect: bool | None
+) -> Options:
     if context_fn is None:
         return _plain_options(preserve, check, debug, early, respect)
     return Options(preserve, context_fn, check, debug, early, respect, strict=False)

@@ -30,7 +30,9 @@ def get_device_states(*args: Any) -> tuple[list[int], list[Any]]:
     return indices, [backend.rng_stash(torch.device(kind, i)) for i in indices]
 
 
-def set_device_states(devices: Sequence[int], states: Sequence[Any], *, device_type: str | None = None) -> None:
+def set_device_states(
+    devices: Sequence[int], states: Sequence[Any], *, device_type: str | None = None
+) -> None:
     """Put back what :func:`get_device_states` read; ``device_type`` defaults to ``DefaultDeviceType``'s."""
     kind = DefaultDeviceType.get_device_type() if device_type is None else device_type
     if kind == "meta" or not devices:

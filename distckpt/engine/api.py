@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import torch
 
 from distckpt._torch import skip_frame, torch_operator
+from distckpt.engine.call import run
 from distckpt.engine.errors import BadOption, OptionCollision
 from distckpt.engine.options import DEFAULT, Options
-from distckpt.engine.record import record
 from distckpt.engine.reentrant import reentrant
 
 T = TypeVar("T")
@@ -92,7 +92,9 @@ def make_options(given: dict[str, Any]) -> tuple[Options, bool]:
     given = dict(given)
     use_reentrant = given.pop("use_reentrant", False)
     if use_reentrant not in (True, False):
-        raise BadOption(f"use_reentrant is True or False, not {use_reentrant!r}", fix="leave it out: the default is False")
+        raise BadOption(
+            f"use_reentrant is True or False, not {use_reentrant!r}", fix="leave it out: the default is False"
+        )
     if given.pop("policy", None) is not None:
         raise BadOption(
             "policy= needs data policies, which this version does not have",
@@ -111,24 +113,19 @@ def make_options(given: dict[str, Any]) -> tuple[Options, bool]:
             extra.append("determinism_check")
         if extra:
             raise BadOption(
-                f"a reentrant region cannot honour {', '.join(extra)}", fix="leave use_reentrant at its default, False"
+                f"a reentrant region cannot honour {', '.join(extra)}",
+                fix="leave use_reentrant at its default, False",
             )
     return (Options(**given) if given else DEFAULT), bool(use_reentrant)
 
 
 def _call(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:
-    if _is_dynamo_compiling():
-        return torch_operator(fn, args, kwargs, for_torch(given))
     options, use_reentrant = make_options(given)
-    if use_reentrant:
-        return reentrant(fn, args, kwargs, options)
-    return record(fn, args, kwargs, options)
-
-
-def for_torch(given: dict[str, Any]) -> dict[str, Any]:
-    """The options that torch's operator understands; the others have no meaning in a compiled graph."""
-    known = ("use_reentrant", "preserve_rng_state", "context_fn", "early_stop")
-    return {"use_reentrant": False, **{k: v for k, v in given.items() if k in known}}
+    if not use_reentrant:
+        return run(fn, args, kwargs, options)
+    if _is_dynamo_compiling():
+        return torch_operator(fn, args, kwargs, {"use_reentrant": True})
+    return reentrant(fn, args, kwargs, options)
 
 
 class Checkpointed:
@@ -153,7 +150,8 @@ def _decorator(given: dict[str, Any]) -> Callable[[Callable[..., T]], Callable[.
     unknown = sorted(set(given) - OPTION_NAMES)
     if unknown:
         raise BadOption(
-            f"dc.checkpoint has no option {', '.join(unknown)}", fix=f"options: {', '.join(sorted(OPTION_NAMES))}"
+            f"dc.checkpoint has no option {', '.join(unknown)}",
+            fix=f"options: {', '.join(sorted(OPTION_NAMES))}",
         )
     make_options(given)  # complain here, not at the first call
     return lambda fn: Checkpointed(fn, given)
@@ -224,8 +222,8 @@ def checkpoint(function: Any = None, *args: Any, **kwargs: Any) -> Any:
     """
     if function is None and not args:
         return _decorator(kwargs)
-    if not kwargs and not _is_dynamo_compiling():
-        return record(function, args, kwargs, DEFAULT)
+    if not kwargs:
+        return run(function, args, kwargs, DEFAULT)
     given, kwargs = split(function, kwargs)
     return _call(function, args, kwargs, given)
 
@@ -288,7 +286,8 @@ def checkpoint_sequential(functions: Any, segments: int, input: Any, **options: 
         raise BadOption(f"checkpoint_sequential has no option {', '.join(unknown)}")
     if not 1 <= segments <= max(len(functions), 1):
         raise BadOption(
-            f"cannot cut {len(functions)} functions into {segments} segments", fix="use 1 to as many as there are"
+            f"cannot cut {len(functions)} functions into {segments} segments",
+            fix="use 1 to as many as there are",
         )
     *checkpointed, last = chunk(functions, segments)
     for part in checkpointed:

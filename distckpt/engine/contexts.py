@@ -7,9 +7,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from distckpt._torch import is_proxy_tracing
 
 if TYPE_CHECKING:
     from distckpt.engine.options import ContextFn
@@ -24,10 +21,6 @@ class Contexts:
         self._forward: Any
         self._forward, self._replay = pair
         self._log = region.log
-        if make is not None and is_proxy_tracing() and not all(isinstance(c, TorchDispatchMode) for c in pair):
-            raise AssertionError(
-                "In torch.compile mode, `context_fn` must return a tuple of two `TorchDispatchMode`s."
-            )
         # Selective contexts of ours ask the region about its flavour, its generators and the user's hooks.
         for context in pair:
             bind = getattr(context, "bind_region", None)

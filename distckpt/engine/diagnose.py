@@ -66,7 +66,10 @@ def diagnose(mismatch: Mismatch) -> Found:
     if len(forward) != len(replay):
         i = min(len(forward), len(replay))
         longer, name = (forward, "forward") if len(forward) > i else (replay, "replay")
-        return Found(f"\nOnly the {name} ran operator {i}:\n  {longer[i].op}\n    at {longer[i].place}", longer[i].place)
+        return Found(
+            f"\nOnly the {name} ran operator {i}:\n  {longer[i].op}\n    at {longer[i].place}",
+            longer[i].place,
+        )
     entry = _entry_at(replay, saves, position)
     if entry is None:
         return Found("", None)
@@ -160,7 +163,9 @@ def debug_report(log: Log) -> str:
     def traces(label: str, entries: list[Entry]) -> str:
         total = len(entries)
         return "".join(
-            f"{e.op}   ({i + 1} of {total} in {label})\n\n" + "".join(f"{f}:{n}:{w}\n" for f, n, w in e.frames) + "\n\n"
+            f"{e.op}   ({i + 1} of {total} in {label})\n\n"
+            + "".join(f"{f}:{n}:{w}\n" for f, n, w in e.frames)
+            + "\n\n"
             for i, e in enumerate(entries)
         )
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from distckpt_backends.errors import DistckptError
 
+from distckpt._torch import OriginalCheckpointError
 
-class CheckpointError(RuntimeError):
-    """A replay did not match its forward. The base of every mismatch error, and torch's name for it."""
+
+class CheckpointError(OriginalCheckpointError):
+    """A replay did not match its forward. The base of every mismatch error, and torch's name for it.
+
+    A subclass of torch's, so that an ``except`` clause that holds the original still catches it.
+    """
 
 
 class ReplayError(DistckptError, CheckpointError):

@@ -52,8 +52,13 @@ def _open(value: Any) -> tuple[list[Any], Callable[[], _Rebuild]] | None:
     if kind is functools.partial:
         names, bound = list(value.keywords), len(value.args)
         parts = [value.func, *value.args, *value.keywords.values()]
-        return parts, lambda: lambda p: functools.partial(
-            p[0], *p[1 : 1 + bound], **dict(zip(names, p[1 + bound :], strict=True))
+        return (
+            parts,
+            lambda: (
+                lambda p: functools.partial(
+                    p[0], *p[1 : 1 + bound], **dict(zip(names, p[1 + bound :], strict=True))
+                )
+            ),
         )
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [f.name for f in dataclasses.fields(value) if hasattr(value, f.name)]

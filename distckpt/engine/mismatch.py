@@ -16,9 +16,7 @@ _COUNT = (
     "torch.utils.checkpoint: A different number of tensors was saved during the original forward and recomputation.\n"
     "Number of tensors saved during forward: {forward}\nNumber of tensors saved during recomputation: {replay}."
 )
-_EXTRA = (
-    "torch.utils.checkpoint: trying to save more tensors during recomputation than during the original forward pass."
-)
+_EXTRA = "torch.utils.checkpoint: trying to save more tensors during recomputation than during the original forward pass."
 _META = (
     "torch.utils.checkpoint: Recomputed values for the following tensors have different metadata than during the "
     "forward pass.\n{table}"
@@ -57,7 +55,9 @@ class Mismatch:
         if then[:3] != now[:3]:
             self.metas = [*(self.metas or ()), (i, then, now)]
         elif not (x.is_leaf and x.requires_grad):
-            slot.meta = now  # an input may come back with a version counter of its own; a parameter never does
+            slot.meta = (
+                now  # an input may come back with a version counter of its own; a parameter never does
+            )
 
     def extra(self, i: int) -> None:
         """The replay went on to save number ``i``, beyond the last one of the forward."""
@@ -89,12 +89,18 @@ class Mismatch:
                 for i, a, b in self.metas
             ]
             text = _META.format(table="".join(rows))
-            self._raise(errors.MetadataMismatch, text, "the recomputation saw other data or ran other operators")
+            self._raise(
+                errors.MetadataMismatch, text, "the recomputation saw other data or ran other operators"
+            )
         if self.drawn:
-            text = f"the replay drew another number of random values on {', '.join(self.drawn)} than the forward"
+            text = (
+                f"the replay drew another number of random values on {', '.join(self.drawn)} than the forward"
+            )
             self._raise(errors.DrawMismatch, text, "it took another path through the function")
         text = f"recomputed values differ from the forward's at positions {self.value_positions}"
-        self._raise(errors.ValueMismatch, text, "the function depends on state that changed since the forward")
+        self._raise(
+            errors.ValueMismatch, text, "the function depends on state that changed since the forward"
+        )
 
     def _raise(self, kind: type[errors.ReplayError], what: str, why: str) -> NoReturn:
         from distckpt.engine.diagnose import debug_report, diagnose

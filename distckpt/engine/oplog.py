@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _HIDDEN = ("/torch/", "/distckpt/engine/", "/distckpt_backends/", "/distckpt/compat/", "/distckpt/policy/")
 
@@ -86,7 +86,10 @@ class OpLog:
             if self.modules:
                 self.modules.pop()
 
-        hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+        hooks = [
+            register_module_forward_pre_hook(enter),
+            register_module_forward_hook(leave, always_call=True),
+        ]
         try:
             with _Mode(self):
                 yield

@@ -81,9 +81,11 @@ def replay(r: Region, run: Any = None) -> None:
         CheckpointError: the run did not match the record; the slots are left empty.
         InputChanged: an owned input was changed in place since.
     """
-    args = [a.unpack() if type(a) is SavedTensor else give_back(a, f"args[{i}]") for i, a in enumerate(r.args)] if (
-        r.options.strict
-    ) else [a.unpack() if type(a) is SavedTensor else a for a in r.args]
+    args = (
+        [a.unpack() if type(a) is SavedTensor else give_back(a, f"args[{i}]") for i, a in enumerate(r.args)]
+        if (r.options.strict)
+        else [a.unpack() if type(a) is SavedTensor else a for a in r.args]
+    )
     kwargs = {} if r.kwargs is None else give_back(r.kwargs, "kwargs")
     fn = give_back(r.fn, "function")
     counters.replays += 1
@@ -117,44 +119,51 @@ def replay(r: Region, run: Any = None) -> None:
 
 
 def _run(
-    r: Region, fn: Any, args: list[Any], kwargs: dict[str, Any], draws: list[rng.Draw] | None, mismatch: Mismatch
+    r: Region,
+    fn: Any,
+    args: list[Any],
+    kwargs: dict[str, Any],
+    draws: list[rng.Draw] | None,
+    mismatch: Mismatch,
 ) -> None:
     refs, closed = r.refs, r.closed
-    last = len(refs)
     early = r.early_stop
-    if early and r.options.strict and not draws:
-        last = _last_living(refs)
-    stop_at = last if early else -1
-    i = 0
+    wanted = _last_living(refs) if early and r.options.strict and not draws else len(refs)
+    last = refs[wanted - 1] if early and wanted else None
+    rest = iter(refs)
+    extra = 0
 
     def pack(x: torch.Tensor) -> Any:
-        nonlocal i, stop_at
-        if i >= last:
-            if i == stop_at:
-                raise Stop  # somebody swallowed the first one
-            if closed:
-                mismatch.extra(i)
-                raise Stop
-            i += 1
-            return x.detach() if x.requires_grad else x
-        ref = refs[i]
+        nonlocal last
+        ref = next(rest, None)
+        if ref is None:
+            return beyond(x)
         slot = ref()
-        i += 1
         if slot is None:  # this part of the graph is gone; only the recomputed graph may need the value
             saved = x.detach() if x.requires_grad else x
         else:
             meta = slot.meta
             if meta is not None and meta != (now := (x.shape, x.dtype, x.device, x._version)):
-                mismatch.compare(i - 1, slot, x, now)
+                mismatch.compare(refs.index(ref), slot, x, now)
             if x.is_leaf and (x.requires_grad or type(x) is _Parameter):
                 x = x.detach()
             slot.value = x
             saved = ref
-        if i == stop_at:
+        if ref is last:
             if not (draws and closed and rng.pending(draws)):
                 raise Stop
-            stop_at = -1
+            last = None
         return saved
+
+    def beyond(x: torch.Tensor) -> Any:
+        nonlocal extra
+        if last is not None:
+            raise Stop  # somebody swallowed the first one
+        extra += 1
+        if closed:
+            mismatch.extra(len(refs) + extra - 1)
+            raise Stop
+        return x.detach() if x.requires_grad else x
 
     if dynamo_callback() is not None:
         fn = without_dynamo(fn)
@@ -173,9 +182,10 @@ def _run(
         set_grad_enabled(grad)
         here.replaying -= 1
         here.frame = frame.outer
-    if i < last:
-        mismatch.fewer(i)
-    if stop_at < 0 and closed and draws and r.options.strict and not mismatch:
+    reached = len(refs) - rest.__length_hint__()
+    if reached < wanted:
+        mismatch.fewer(reached)
+    if last is None and closed and draws and r.options.strict and not mismatch:
         mismatch.drew(rng.pending(draws))
     if r.verifier is not None:
         r.verifier.compare(refs, mismatch)

@@ -72,9 +72,9 @@ class Stash:
 
     def __init__(self, chosen: tuple[Backend, ...], others: tuple[Backend, ...]) -> None:
         self.types = tuple(b.device_type for b in (*chosen, *others))
-        self.own = [
-            (s, s.get_state()) for b in chosen if b.capabilities.rng for s in _generators(b)
-        ] + [(s, s.get_state()) for s in streams.registered()]
+        self.own = [(s, s.get_state()) for b in chosen if b.capabilities.rng for s in _generators(b)] + [
+            (s, s.get_state()) for s in streams.registered()
+        ]
         # States of generators nobody will restore: only compared after the forward.
         self.foreign = [(s, s.get_state()) for b in others if b.capabilities.rng for s in _generators(b)]
 

@@ -95,9 +95,7 @@ def register(name: str, generator: torch.Generator) -> Registration:
     return _add(Stream(name, generator.get_state, generator.set_state))
 
 
-def register_source(
-    name: str, get_state: Callable[[], Any], set_state: Callable[[Any], Any]
-) -> Registration:
+def register_source(name: str, get_state: Callable[[], Any], set_state: Callable[[Any], Any]) -> Registration:
     """Stash and restore a foreign source of randomness with every region from now on.
 
     ``get_state()`` must return a value that later draws do not change (``random.getstate``,

@@ -32,14 +32,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from distckpt._torch import (
+    OriginalPolicy,
     compiled_region_key,
     detach_below_autograd,
     graph_task_id,
     has_ordered_effect,
-    is_proxy_tracing,
+    ignored_operators,
+    is_aot_tracing,
     keep_graph,
-    metadata_operators,
-    tag_traced_nodes,
+    original_selective_contexts,
     user_saved_tensors_hooks,
 )
 from distckpt.engine import rng
@@ -48,7 +49,7 @@ from distckpt.engine.replay import is_engine_hook
 from distckpt.policy.errors import OffloadRefused, SavedOutputChanged, SelectiveMismatch
 
 
-class CheckpointPolicy(enum.Enum):
+class _Policy(enum.Enum):
     """What to do with an operator's output. ``MUST_*`` binds compilers too, ``PREFER_*`` is advice to them."""
 
     MUST_SAVE = 0
@@ -57,6 +58,12 @@ class CheckpointPolicy(enum.Enum):
     PREFER_RECOMPUTE = 3
     MUST_CPU_OFFLOAD = 4
     PREFER_CPU_OFFLOAD = 5
+
+
+# Where torch has all six members, its enum is ours: compilers and user code compare with it by identity.
+CheckpointPolicy: Any = (
+    OriginalPolicy if set(_Policy.__members__) <= set(OriginalPolicy.__members__) else _Policy
+)
 
 
 class SelectiveCheckpointContext:
@@ -70,7 +77,7 @@ class SelectiveCheckpointContext:
         self.op_output = op_output
 
 
-SAC_IGNORED_OPS: set[Any] = {torch.ops.aten.detach.default, torch.ops.prim.device.default} | metadata_operators()
+SAC_IGNORED_OPS = ignored_operators
 
 _SAVE = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
 _OFFLOAD = (CheckpointPolicy.MUST_CPU_OFFLOAD, CheckpointPolicy.PREFER_CPU_OFFLOAD)
@@ -108,9 +115,11 @@ class _Kept:
             return self.value
         if not may_change and self.value._version != self.version:
             text = "Tensor cached during selective activation checkpoint has been mutated"
-            raise SavedOutputChanged(text, fix="do not select operators whose outputs are changed in place") if (
-                strict
-            ) else RuntimeError(text)
+            raise (
+                SavedOutputChanged(text, fix="do not select operators whose outputs are changed in place")
+                if (strict)
+                else RuntimeError(text)
+            )
         # Autograd writes its history onto the tensor a mode returns; one that is used again needs a fresh alias.
         return detach_below_autograd(self.value) if again else self.value
 
@@ -165,28 +174,25 @@ class CachingMode(_Selective):
         kwargs = kwargs or {}
         if self.paused or func in SAC_IGNORED_OPS:
             return func(*args, **kwargs)
-        tracing = is_proxy_tracing()
-        retag = tag_traced_nodes(self.ac_graph_id, "PREFER_RECOMPUTE") if tracing else None
-        draws = not tracing and self._may_draw(func)
-        before = [(s, s.get_state()) for s in self._streams()] if draws else ()
+        before = [(s, s.get_state()) for s in self._streams()] if self._may_draw(func) else ()
         out = func(*args, **kwargs)
         key = compiled_region_key(func, args)
         index = self.func_counter[key]
         self.func_counter[key] += 1
         policy = self._policy(func, out, args, kwargs)
-        if retag is not None:
-            retag(policy.name)
-        if policy in _SAVE or tracing:
+        if policy in _SAVE:
             after = [(s, s.get_state()) for s, state in before if s.moved(state)]
-            hooks = None if tracing else self._user_hooks()
+            hooks = self._user_hooks()
             kept = tree_map(lambda x: _Kept(x, hooks), out)
             self.storage[key][index] = _Entry(kept, after or None)
         else:
             self.storage[key][index] = _RECOMPUTE
         return out
 
-    def _policy(self, func: Any, out: Any, args: Any, kwargs: Any) -> CheckpointPolicy:
-        policy = self.policy_fn(SelectiveCheckpointContext(is_recompute=False, op_output=out), func, *args, **kwargs)
+    def _policy(self, func: Any, out: Any, args: Any, kwargs: Any) -> Any:
+        policy = self.policy_fn(
+            SelectiveCheckpointContext(is_recompute=False, op_output=out), func, *args, **kwargs
+        )
         if isinstance(policy, bool):
             return CheckpointPolicy.MUST_SAVE if policy else CheckpointPolicy.PREFER_RECOMPUTE
         if not isinstance(policy, CheckpointPolicy):
@@ -299,12 +305,14 @@ def create_selective_checkpoint_contexts(
         ValueError: the list holds something that is not an ``OpOverload`` or a higher-order operator.
         TypeError: neither a function nor a list.
     """
+    if is_aot_tracing():
+        return original_selective_contexts(_for_torch(policy_fn_or_list), allow_cache_entry_mutation)
     if isinstance(policy_fn_or_list, list):
         for op in policy_fn_or_list:
             _check_operator(op)
         chosen = frozenset(policy_fn_or_list)
 
-        def policy_fn(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        def policy_fn(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
             return CheckpointPolicy.MUST_SAVE if op in chosen else CheckpointPolicy.PREFER_RECOMPUTE
 
     elif callable(policy_fn_or_list):
@@ -313,6 +321,18 @@ def create_selective_checkpoint_contexts(
         raise TypeError("policy_fn_or_list must be either a function or a list of ops.")
     storage: dict[Any, dict[int, Any]] = defaultdict(dict)
     return CachingMode(policy_fn, storage), CachedMode(None, storage, allow_cache_entry_mutation)
+
+
+def _for_torch(policy: Any) -> Any:
+    """A policy whose answers are members of torch's own enum, for torch's operator in a compiled graph."""
+    if CheckpointPolicy is OriginalPolicy or not callable(policy):
+        return policy
+
+    def translated(*args: Any, **kwargs: Any) -> Any:
+        answer = policy(*args, **kwargs)
+        return OriginalPolicy[answer.name] if isinstance(answer, _Policy) else answer
+
+    return translated
 
 
 def _check_operator(op: Any) -> None:
