@@ -44,12 +44,12 @@ def _code(fn: Any) -> CodeType | None:
     fn = getattr(fn, "__func__", fn)
     code = getattr(fn, "__code__", None)
     if code is None and not isinstance(fn, type):
-        code = getattr(getattr(type(fn), "__call__", None), "__code__", None)
+        code = getattr(type(fn).__call__, "__code__", None) if callable(fn) else None
     return code
 
 
 def parameters_that_collide(fn: Any) -> frozenset[str]:
-    """Parameters of ``fn`` that have the name of an option. Cached by code object, so a call never takes a signature."""
+    """Parameters of ``fn`` named like an option. Cached by code object: a call never takes a signature."""
     code = _code(fn)
     if code is None:
         return frozenset()

@@ -46,7 +46,7 @@ def reached_modules(fn: Any) -> list[Module] | None:
     if kind is partial:
         bound = [m for v in (*fn.args, *fn.keywords.values()) for m in _modules_in(v)]
         return [*(reached_modules(fn.func) or ()), *bound]
-    call = getattr(kind, "__call__", None)
+    call = kind.__call__ if callable(fn) else None
     return _reached_by_function(call) if type(call) is FunctionType else None
 
 
@@ -156,9 +156,8 @@ class Buffers:
         lost = []
         for e in changed:
             _known_to_change.setdefault(e.owner, set()).add(e.key)
-            if e.owner._buffers.get(e.key) is not e.tensor:
-                if e.tensor._version == e.version:
-                    e.before = e.tensor  # replaced, not written: the old one still has the old values
+            if e.tensor._version == e.version:
+                e.before = e.tensor  # replaced, not written: the old one still has the old values
             if e.before is None:
                 lost.append(e.key)
         if lost:

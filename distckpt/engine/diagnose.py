@@ -61,7 +61,8 @@ def diagnose(mismatch: Mismatch) -> Found:
             return Found(f"\nRunning the region again to find the operator failed: {error}", None)
     for i, (a, b) in enumerate(zip(forward, replay, strict=False)):
         if a.op != b.op:
-            text = f"\nFirst difference, operator {i}:\n  forward: {a.op}\n    at {a.place}\n  replay:  {b.op}\n    at {b.place}"
+            text = f"\nFirst difference, operator {i}:\n  forward: {a.op}\n    at {a.place}\n"
+            text += f"  replay:  {b.op}\n    at {b.place}"
             return Found(text, b.place)
     if len(forward) != len(replay):
         i = min(len(forward), len(replay))

@@ -37,7 +37,7 @@ _Rebuild = Callable[[list[Any]], Any]
 
 def _open(value: Any) -> tuple[list[Any], Callable[[], _Rebuild]] | None:
     """Children of a container and a maker of what rebuilds it, or None for a leaf."""
-    kind = type(value)
+    kind: Any = type(value)
     if kind is list:
         return value, lambda: list
     if kind is tuple:

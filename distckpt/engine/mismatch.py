@@ -16,7 +16,10 @@ _COUNT = (
     "torch.utils.checkpoint: A different number of tensors was saved during the original forward and recomputation.\n"
     "Number of tensors saved during forward: {forward}\nNumber of tensors saved during recomputation: {replay}."
 )
-_EXTRA = "torch.utils.checkpoint: trying to save more tensors during recomputation than during the original forward pass."
+_EXTRA = (
+    "torch.utils.checkpoint: trying to save more tensors during recomputation than during the original "
+    "forward pass."
+)
 _META = (
     "torch.utils.checkpoint: Recomputed values for the following tensors have different metadata than during the "
     "forward pass.\n{table}"

@@ -130,7 +130,7 @@ def _run(
     early = r.early_stop
     wanted = _last_living(refs) if early and r.options.strict and not draws else len(refs)
     last = refs[wanted - 1] if early and wanted else None
-    rest = iter(refs)
+    rest: Any = iter(refs)
     extra = 0
 
     def pack(x: torch.Tensor) -> Any:

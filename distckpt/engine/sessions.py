@@ -1,9 +1,9 @@
 """Session: which consumers of recomputed values share one replay.
 
 Note [Sessions]
-    Without a session one backward is one session: a replay is made when a slot is first asked for, each value is dropped
-    at its first use, and what nobody used is dropped when that backward ends. A value that is asked for again is
-    recomputed again; the replay is exact, so the second copy equals the first.
+    Without a session one backward is one session: a replay is made when a slot is first asked for, each value is
+    dropped at its first use, and what nobody used is dropped when that backward ends. A value that is asked for
+    again is recomputed again; the replay is exact, so the second copy equals the first.
 
     A session keeps the values instead, so that several backward passes (the input half and the weight half of a split
     backward), or a replay fired before the gradient arrives, use one replay. They are freed with their part of

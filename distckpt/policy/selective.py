@@ -1,7 +1,7 @@
 """Selective regions with torch's calling convention: a policy per operator, two dispatch modes.
 
-The first mode runs around the forward and keeps the outputs that the policy wants saved; the second runs around a replay
-and answers those operators from what was kept.
+The first mode runs around the forward and keeps the outputs that the policy wants saved; the second runs around a
+replay and answers those operators from what was kept.
 
 Note [Kept outputs]
     A kept output is found by its operator and by how many calls of that operator came before it. In a region of
