@@ -49,7 +49,7 @@ def _open(value: Any) -> tuple[list[Any], Callable[[], _Rebuild]] | None:
         if kind is dict:
             return list(value.values()), lambda: lambda parts: dict(zip(keys, parts, strict=True))
         return list(value.values()), lambda: _refill(value, keys)
-    if kind is functools.partial:
+    if isinstance(value, functools.partial) and kind is functools.partial:
         names, bound = list(value.keywords), len(value.args)
         parts = [value.func, *value.args, *value.keywords.values()]
         return (
