@@ -133,6 +133,8 @@ def give_back(value: Any, where: str) -> Any:
                 why=str(error).split(";")[0],
                 fix="pass a clone, or make the change after backward",
             ) from error
+    if kind is list:  # a region's own argument list
+        return [give_back(part, f"{where}[{i}]") for i, part in enumerate(value)]
     if kind is Packed:
         parts = [give_back(part, f"{where}[{i}]") for i, part in enumerate(value.parts)]
         return value.rebuild(parts)

@@ -32,7 +32,7 @@ from distckpt._torch import (
 from distckpt.engine import ambient, rng
 from distckpt.engine.errors import ReplayError
 from distckpt.engine.events import counters
-from distckpt.engine.inputs import give_back
+from distckpt.engine.inputs import Packed, give_back
 from distckpt.engine.mismatch import Mismatch
 from distckpt.engine.state import Frame, here
 
@@ -81,11 +81,14 @@ def replay(r: Region, run: Any = None) -> None:
         CheckpointError: the run did not match the record; the slots are left empty.
         InputChanged: an owned input was changed in place since.
     """
-    args = (
-        [a.unpack() if type(a) is SavedTensor else give_back(a, f"args[{i}]") for i, a in enumerate(r.args)]
-        if (r.options.strict)
-        else [a.unpack() if type(a) is SavedTensor else a for a in r.args]
-    )
+    try:
+        args = [a.unpack() if type(a) is SavedTensor else a for a in r.args]
+    except RuntimeError:
+        if r.options.strict:
+            give_back(r.args, "args")  # raises it again, naming the argument
+        raise
+    if r.options.strict:
+        args = [give_back(a, f"args[{i}]") if type(a) is Packed else a for i, a in enumerate(args)]
     kwargs = {} if r.kwargs is None else give_back(r.kwargs, "kwargs")
     fn = give_back(r.fn, "function")
     counters.replays += 1
