@@ -12,6 +12,7 @@ from distckpt.engine import session as session
 from distckpt.engine.devices import DefaultDeviceType as DefaultDeviceType
 from distckpt.engine.switches import set_checkpoint_debug_enabled as set_checkpoint_debug_enabled
 from distckpt.engine.switches import set_checkpoint_early_stop as set_checkpoint_early_stop
+from distckpt.modules import apply as apply
 from distckpt.policy import CheckpointPolicy as CheckpointPolicy
 from distckpt.policy import SelectiveCheckpointContext as SelectiveCheckpointContext
 from distckpt.policy import create_selective_checkpoint_contexts as create_selective_checkpoint_contexts

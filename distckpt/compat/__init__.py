@@ -19,3 +19,8 @@ from distckpt.policy.selective import SelectiveCheckpointContext as SelectiveChe
 from distckpt.policy.selective import (
     create_selective_checkpoint_contexts as create_selective_checkpoint_contexts,
 )
+
+# Last: they build on the names above.
+from distckpt.compat import wrapper as wrapper  # noqa: E402
+from distckpt.compat.composable import checkpoint as composable_checkpoint  # noqa: E402
+from distckpt.compat.install import install as install  # noqa: E402

@@ -42,7 +42,9 @@ class CheckpointWrapper(_torchs.CheckpointWrapper):
     ) -> None:
         if checkpoint_fn is None:
             reentrant = checkpoint_impl == CheckpointImpl.REENTRANT
-            super().__init__(mod, checkpoint_impl, checkpoint, use_reentrant=reentrant, **checkpoint_fn_kwargs)
+            super().__init__(
+                mod, checkpoint_impl, checkpoint, use_reentrant=reentrant, **checkpoint_fn_kwargs
+            )
         else:
             super().__init__(mod, checkpoint_impl, checkpoint_fn, **checkpoint_fn_kwargs)
 
