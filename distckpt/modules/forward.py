@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from dataclasses import fields
 from functools import partial
 from inspect import getattr_static
 from types import FunctionType, MethodType
@@ -15,23 +16,12 @@ from typing import Any
 
 import torch
 
-from distckpt._torch import skip_frame, torch_operator
+from distckpt._torch import skip_frame
+from distckpt.engine.call import run
 from distckpt.engine.options import Options
-from distckpt.engine.record import record
 from distckpt.modules.errors import AlreadyRegion, ModuleGone
 
-_OPERATOR_NAMES = frozenset(
-    (
-        "function",
-        "use_reentrant",
-        "preserve_rng_state",
-        "context_fn",
-        "determinism_check",
-        "debug",
-        "early_stop",
-        "respect_saved_tensors_hooks",
-    )
-)
+_OPERATOR_NAMES = frozenset({"function", *(field.name for field in fields(Options)), "use_reentrant"})
 
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
@@ -107,35 +97,27 @@ def _call(region: ModuleRegion, /, *args: Any, **kwargs: Any) -> Any:
             why="a region belongs to one module, and only a deep copy of the module gets its own",
             fix="keep the module that dc.apply was given, or call dc.apply on the copy",
         )
-    inner = region.inner
+    return _open(module, region.inner, region.options, args, kwargs)
+
+
+def _open(
+    module: torch.nn.Module, inner: Any, options: Options | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     if inner is None:
         # A bound method: the graph keeps the module alive until the replay, and the engine finds its buffers.
         inner = type(module).forward.__get__(module)
-    options = region.options
     if options is None:
         return inner(*args, **kwargs)
-    return _run(inner, args, kwargs, options)
-
-
-def _run(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Any:
-    if is_dynamo_compiling():
-        return _trace(inner, args, kwargs, options)
-    return record(inner, args, kwargs, options)
-
-
-# Not `_call`: with `layer.compile()` that is the frame Dynamo starts from.
-skip_frame(_run)
-
-
-def _trace(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Any:
-    """The call as torch's own operator, which is what Dynamo can put into a graph."""
     for name in kwargs:
-        if name in _OPERATOR_NAMES:  # the operator would take the module's argument for its own
-            return _trace(partial(inner, **kwargs), args, {}, options)
-    given: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": options.preserve_rng_state}
-    if options.context_fn is not None:
-        given["context_fn"] = options.context_fn
-    return torch_operator(inner, args, kwargs, given)
+        if name in _OPERATOR_NAMES and is_dynamo_compiling():
+            # torch's operator would take this argument of the module's for an option of its own.
+            return run(partial(inner, **kwargs), args, {}, options)
+    return run(inner, args, kwargs, options)
+
+
+# `_call` is the frame that Dynamo starts from with `layer.compile()`. Below it, nothing may be a frame of its own:
+# after a graph break Dynamo rebuilds a bound method by name, and `module.forward` is the region, not what it runs.
+skip_frame(_open)
 
 
 def _entry_point(region: ModuleRegion) -> FunctionType:

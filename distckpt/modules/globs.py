@@ -78,5 +78,5 @@ def _near(glob: str, names: list[str], count: int = 4) -> list[str]:
         parents = {name for name in names if pattern.fullmatch(name)}
         below = [name for name in names if name.rpartition(".")[0] in parents]
         if below:
-            return list(dict.fromkeys([*close, *below]))[:count]
+            return list(dict.fromkeys([*close[:2], *below]))[:count]
     return close or [name for name in names if "." not in name][:count]
