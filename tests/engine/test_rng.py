@@ -1,0 +1,260 @@
+"""Random state: a replay draws what its forward drew, and leaves every generator where it found it."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import distckpt as dc
+from distckpt.engine import rng
+from distckpt.engine.errors import DrawMismatch, StreamError, ValueMismatch
+
+from .exact import Region, exact, leaf
+
+
+def drop(x: torch.Tensor) -> torch.Tensor:
+    return F.dropout(x.sin(), 0.5) * x
+
+
+def test_dropout_in_a_replay_draws_the_forward_mask() -> None:
+    def program(region: Region) -> Any:
+        x = leaf(64)
+        out = region(drop, x)
+        torch.rand(7)  # the generator is elsewhere by the time of the replay
+        out.sum().backward()
+        return out, x.grad
+
+    exact(program)
+
+
+def test_every_backward_of_a_retained_graph_draws_the_forward_mask() -> None:
+    def program(region: Region) -> Any:
+        x = leaf(64)
+        out = region(drop, x).sum()
+        grads = [torch.autograd.grad(out, x, retain_graph=True)[0] for _ in range(3)]
+        return (*grads, torch.rand(2))
+
+    exact(program)
+
+
+def test_regions_in_sequence_and_nested_each_draw_their_own_masks() -> None:
+    def program(region: Region) -> Any:
+        x = leaf(64)
+
+        def outer(y: torch.Tensor) -> torch.Tensor:
+            return F.dropout(region(drop, F.dropout(y, 0.3)), 0.2) * y
+
+        out = region(outer, region(drop, x))
+        out.sum().backward()
+        return out, x.grad
+
+    assert exact(program).regions == 4  # one of the inner region's two records is in the replay
+
+
+def test_a_region_that_draws_nothing_keeps_and_restores_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    restored: list[Any] = []
+    real = rng.rewind
+    monkeypatch.setattr(rng, "rewind", lambda draws: restored.append(draws) or real(draws))
+    x = leaf(8)
+    dc.checkpoint(lambda t: t.sin().exp(), x).sum().backward()
+    assert restored == []
+    dc.checkpoint(drop, x).sum().backward()
+    assert len(restored) == 1
+
+
+def test_preserve_rng_state_false_draws_anew_and_moves_the_generator() -> None:
+    x = leaf(512)
+    out = dc.checkpoint(drop, x, preserve_rng_state=False)
+    before = torch.get_rng_state()
+    out.sum().backward()
+    assert not torch.equal(before, torch.get_rng_state())
+
+
+def test_a_registered_generator_draws_the_same_in_the_replay_and_moves_once() -> None:
+    def program(region: Region) -> Any:
+        router = torch.Generator().manual_seed(3)
+        with dc.rng.register("router", router):
+            x = leaf(64)
+            out = region(lambda t: t.sin() * t * (torch.rand(64, generator=router) > 0.5), x)
+            out.sum().backward()
+        return out, x.grad, torch.rand(3, generator=router)
+
+    exact(program)
+
+
+def test_python_random_draws_the_same_in_the_replay_once_registered() -> None:
+    def program(region: Region) -> Any:
+        random.seed(5)
+        with dc.rng.register_source("python", random.getstate, random.setstate):
+            x = leaf(8)
+            out = region(lambda t: (t * random.random()).sin() * random.random(), x)
+            random.random()
+            out.sum().backward()
+        return out, x.grad, torch.tensor(random.random())
+
+    exact(program)
+
+
+def test_numpy_random_draws_the_same_in_the_replay_once_registered() -> None:
+    np = pytest.importorskip("numpy")
+
+    def program(region: Region) -> Any:
+        np.random.seed(5)
+        with dc.rng.register_source("numpy", np.random.get_state, np.random.set_state):
+            x = leaf(8)
+            out = region(lambda t: (t * float(np.random.rand())).sin() * float(np.random.rand()), x)
+            np.random.rand()
+            out.sum().backward()
+        return out, x.grad, torch.tensor(float(np.random.rand()))
+
+    exact(program)
+
+
+def test_a_numpy_generator_object_draws_the_same_in_the_replay_once_registered() -> None:
+    np = pytest.importorskip("numpy")
+
+    def program(region: Region) -> Any:
+        source = np.random.default_rng(5)
+        bits = source.bit_generator
+        with dc.rng.register_source("sampler", lambda: bits.state, lambda s: setattr(bits, "state", s)):
+            x = leaf(8)
+            out = region(lambda t: (t * float(source.random())).sin(), x)
+            out.sum().backward()
+        return out, x.grad, torch.tensor(float(source.random()))
+
+    exact(program)
+
+
+def test_an_unregistered_generator_is_found_by_the_value_checks() -> None:
+    router = torch.Generator().manual_seed(3)
+    x = leaf(64)
+    for level in ("fingerprint", "bitwise"):
+        out = dc.checkpoint(
+            lambda t: (t * torch.rand(64, generator=router)).sin(), x, determinism_check=level
+        )
+        with pytest.raises(ValueMismatch) as caught:
+            out.sum().backward()
+        assert caught.value.code == "DC103"
+
+
+def test_a_stream_registered_twice_under_one_name_is_refused() -> None:
+    with dc.rng.register("router", torch.Generator()):
+        with pytest.raises(StreamError) as caught:
+            dc.rng.register("router", torch.Generator())
+    assert caught.value.code == "DC116"
+    with dc.rng.register("router", torch.Generator()):
+        pass  # free again
+
+
+def test_what_is_not_a_generator_or_a_pair_of_callables_is_refused() -> None:
+    with pytest.raises(StreamError):
+        dc.rng.register("x", random)  # type: ignore[arg-type]
+    with pytest.raises(StreamError):
+        dc.rng.register_source("x", random.getstate, None)  # type: ignore[arg-type]
+
+
+def test_removing_a_registration_twice_is_harmless() -> None:
+    registration = dc.rng.register("router", torch.Generator())
+    registration.remove()
+    registration.remove()
+    assert dc.rng.registered() == ()
+
+
+def test_a_region_recorded_before_a_stream_was_removed_still_replays_it() -> None:
+    def program(region: Region) -> Any:
+        router = torch.Generator().manual_seed(3)
+        x = leaf(64)
+        with dc.rng.register("router", router):
+            out = region(lambda t: (t * torch.rand(64, generator=router)).sin(), x)
+        out.sum().backward()
+        return out, x.grad
+
+    exact(program)
+
+
+def test_a_replay_that_draws_another_number_of_values_is_refused() -> None:
+    def fn(t: torch.Tensor) -> torch.Tensor:
+        count = 3 if dc.is_recomputing() else 2
+        return t.sin() + sum(float(torch.rand(())) for _ in range(count))
+
+    out = dc.checkpoint(fn, leaf(4), early_stop=False)
+    with pytest.raises(DrawMismatch) as caught:
+        out.sum().backward()
+    assert caught.value.code == "DC104"
+    assert "cpu" in str(caught.value)
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_the_noise_of_a_last_rrelu_is_filled_before_it_is_used(early_stop: bool) -> None:
+    """RReLU hands its noise to the saved-tensor hook before the kernel fills it (pytorch#193671)."""
+
+    def program(region: Region) -> Any:
+        x = leaf(256)
+        out = region(lambda t: F.rrelu(t, training=True), x)
+        out.sum().backward()
+        return out, x.grad
+
+    exact(program, early_stop=early_stop)
+
+
+def test_a_last_rrelu_after_other_draws_is_exact_in_every_backward() -> None:
+    def program(region: Region) -> Any:
+        x = leaf(256)
+        out = region(lambda t: F.rrelu(F.dropout(t, 0.2).exp() - 1.5, training=True), x).sum()
+        return [torch.autograd.grad(out, x, retain_graph=True)[0] for _ in range(2)]
+
+    exact(program)
+
+
+def test_the_generator_is_where_it_was_after_a_replay_that_failed() -> None:
+    def fn(t: torch.Tensor) -> torch.Tensor:
+        t = F.dropout(t, 0.5)
+        return t.sin().exp() if dc.is_recomputing() else t.sin()
+
+    out = dc.checkpoint(fn, leaf(16), early_stop=False)
+    torch.rand(3)
+    before = torch.get_rng_state()
+    with pytest.raises(dc.CheckpointError):
+        out.sum().backward()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_gradient_taken_inside_a_region_draws_the_forward_mask() -> None:
+    def program(region: Region) -> Any:
+        x = leaf(64)
+
+        def fn(t: torch.Tensor) -> torch.Tensor:
+            inner = region(drop, t)
+            (g,) = torch.autograd.grad(inner.sum(), t, create_graph=True)
+            return F.dropout(g * t, 0.5).sin()
+
+        out = region(fn, x)
+        out.sum().backward()
+        return out, x.grad
+
+    exact(program)
+
+
+def test_a_region_without_random_operators_after_one_with_them_reuses_its_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Reading 5 KB of CPU state for every region would be paid by regions that draw nothing."""
+    reads = 0
+    real = rng.cpu_stash
+
+    def count(device: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        return real(device)
+
+    monkeypatch.setattr(rng, "cpu_stash", count)
+    x = leaf(8)
+    out = dc.checkpoint(drop, x)
+    first = reads
+    for _ in range(3):
+        out = dc.checkpoint(torch.sin, out)
+    assert reads == first
