@@ -37,8 +37,8 @@ class Block(nn.Module):
         self.runs = 0  # executions of the body: one per forward, one more per replay
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # The region is inside forward, so inside the hooks that fully_shard puts around it: a replay finds
-        # the unit's parameters gathered already and gathers nothing itself.
+        # The region is inside the hooks that fully_shard puts around forward: a replay finds the unit's
+        # parameters gathered already and gathers nothing itself. So does a region from dc.apply.
         return self.region(self._body, x)
 
     def _body(self, x: torch.Tensor) -> torch.Tensor:
@@ -55,11 +55,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Bytes in, next-byte loss out. `region` runs every block's body."""
+    """Bytes in, next-byte loss out."""
 
-    def __init__(
-        self, *, layers: int, width: int, heads: int, context: int, dropout: float, region: Region = plain
-    ) -> None:
+    def __init__(self, *, layers: int, width: int, heads: int, context: int, dropout: float) -> None:
         super().__init__()
         self.bytes = nn.Embedding(VOCABULARY, width)
         self.places = nn.Embedding(context, width)
@@ -69,8 +67,6 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, Block):
-                module.region = region
 
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy in nats per byte, a scalar; both arguments are int64 (batch, context)."""

@@ -41,7 +41,7 @@ class Options:
     """Sequences per rank and step."""
     dropout: float = 0.1
     """Dropout probability, in attention and after each half of a block."""
-    lr: float = 2e-3
+    lr: float = 1e-3
     """AdamW's learning rate."""
     seed: int = 0
     """Seeds the parameters, the data order and each rank's dropout."""

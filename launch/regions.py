@@ -1,4 +1,4 @@
-"""The three ways the job can run a block: keep everything, torch's checkpoint, distckpt's."""
+"""The three ways the job can run its blocks: keep everything, torch's checkpoint, distckpt's."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from functools import partial
 
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from launch.model import Region, plain
+from launch.model import GPT
 
 MODES = ("none", "torch", "distckpt")
 
 
-def region(mode: str) -> Region:
-    """The function that runs a block's body in `mode`, one of MODES."""
-    if mode == "none":
-        return plain
+def put(model: GPT, mode: str) -> GPT:
+    """Make every block's body a region in `mode`, one of MODES; before the model is sharded. Returns the model."""
     if mode == "torch":
-        return partial(torch_checkpoint, use_reentrant=False)
-    import distckpt
+        for block in model.blocks:
+            block.region = partial(torch_checkpoint, use_reentrant=False)  # type: ignore[assignment]
+    if mode == "distckpt":
+        import distckpt as dc
 
-    return distckpt.checkpoint
+        dc.apply(model, "blocks.*")
+    return model

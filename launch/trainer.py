@@ -14,7 +14,7 @@ from launch.data import Batches
 from launch.model import GPT
 from launch.options import Options
 from launch.parallel import World, everyone, mean, shard
-from launch.regions import region
+from launch.regions import put
 
 
 class Trainer:
@@ -28,10 +28,9 @@ class Trainer:
             heads=options.heads,
             context=options.context,
             dropout=options.dropout,
-            region=region(mode),
         )
         self.mode = mode
-        self.model = shard(model, options.dtype)
+        self.model = shard(put(model, mode), options.dtype)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr, betas=(0.9, 0.95))
         self.batches = Batches(
             text, batch=options.batch, context=options.context, seed=options.seed, rank=world.rank
