@@ -22,7 +22,8 @@ from report import table, write
 from timing import Sample, measure, quiet
 
 TARGETS = {1: 0.36, 10: 0.42, 50: 0.47}
-CALLS = {1: 150, 10: 100, 50: 40}
+# few calls in a round and many rounds: the smallest round is then one that nobody disturbed
+CALLS = {1: 40, 10: 25, 50: 10}
 NO_GRAD_TARGET_US = 1.0
 
 Segment = Callable[[torch.Tensor], torch.Tensor]
@@ -209,7 +210,7 @@ def main() -> None:
     ours = [load(name) for name in (options.ours or ("dc" if options.quick else "dc,compat")).split(",")]
     engines = [load("torch"), *ours]
     names = options.only.split(",") if options.only else (["default"] if options.quick else list(VARIANTS))
-    rounds = options.rounds or (21 if options.quick else 31)
+    rounds = options.rounds or (80 if options.quick else 120)
     quiet()
     rows: list[dict[str, Any]] = []
     for name in names:

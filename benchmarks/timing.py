@@ -19,7 +19,10 @@ import torch
 
 @dataclass(frozen=True)
 class Sample:
-    """Microseconds per call of one contestant: forward, backward and both, smallest and median round."""
+    """Microseconds per call of one contestant: forward, backward and both, smallest and median round.
+
+    ``total_min`` is the sum of the two smallest, which need not be of one round.
+    """
 
     forward_min: float
     backward_min: float
@@ -80,11 +83,7 @@ def measure(
             gc.enable()
     samples: dict[str, Sample] = {}
     for name, rows in times.items():
-        totals = [forward + backward for forward, backward in rows]
-        samples[name] = Sample(
-            forward_min=min(row[0] for row in rows),
-            backward_min=min(row[1] for row in rows),
-            total_min=min(totals),
-            total_median=statistics.median(totals),
-        )
+        forward, backward = min(row[0] for row in rows), min(row[1] for row in rows)
+        middle = statistics.median(row[0] + row[1] for row in rows)
+        samples[name] = Sample(forward, backward, forward + backward, middle)
     return samples

@@ -90,12 +90,14 @@ class Machine:
         self.steps(self.program.body, env)
         return env
 
-    def steps(self, body: tuple[p.Step, ...], env: list[torch.Tensor]) -> None:
-        """Run steps in order, appending to ``env``."""
+    def steps(
+        self, body: tuple[p.Step, ...], env: list[torch.Tensor], norm: nn.Module | None = None
+    ) -> None:
+        """Run steps in order, appending to ``env``; ``norm`` is the batch norm to use."""
         for step in body:
-            self.step(step, env)
+            self.step(step, env, norm or self.norm)
 
-    def step(self, step: p.Step, env: list[torch.Tensor]) -> None:
+    def step(self, step: p.Step, env: list[torch.Tensor], norm: nn.Module) -> None:
         """Run one step."""
 
         def at(index: int) -> torch.Tensor:
@@ -125,7 +127,7 @@ class Machine:
             case p.GradHook(src):
                 env.append(self.hooked(at(src)))
             case p.BatchNorm(src):
-                env.append(self.norm(at(src).to(self.norm.weight.dtype)))
+                env.append(norm(at(src).to(self.mix.dtype)))
             case p.InnerGrad():
                 env.append(self.inner_grad(step, at(step.src)))
             case p.Within(context, body):
@@ -184,6 +186,8 @@ class Machine:
         if self.engine.module is None:
             self.entered += [(x, x._version, way == "closure") for way, xs in by_way.items() for x in xs]
         closed = by_way.get("closure", [])
+        # closed over by name, because that is where a region looks for modules that its function may change
+        norm = self.norm
 
         def run(*args: Any, **kwargs: Any) -> Any:
             inner = [x for x in args if isinstance(x, torch.Tensor)]
@@ -193,7 +197,7 @@ class Machine:
                     inner += [part["x"] for part in entry]
             inner += kwargs["box"].tensors if "box" in kwargs else ()
             inner += closed
-            self.steps(step.body, inner)
+            self.steps(step.body, inner, norm)
             return self.pack(step.output, inner)
 
         fn: Any = Body(self, run) if step.form in ("module", "apply") else run
