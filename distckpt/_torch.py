@@ -7,6 +7,7 @@ Supported: torch 2.9 to 2.15. A name that a version lacks is either replaced her
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -110,11 +111,31 @@ def skip_frame(function: Callable[..., Any]) -> None:
     frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, default))  # type: ignore[attr-defined]
 
 
-def without_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with Dynamo off for every frame below it. Imports Dynamo, so only call it when that is in."""
-    from torch._dynamo import disable
+def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
 
-    return disable(function)
+
+@functools.cache
+def _disabled_call() -> Callable[..., Any]:
+    from torch._dynamo import disable  # takes a second to import, so only when a compiled caller is running
+
+    return disable(_call)
+
+
+def call_without_dynamo(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """``function(*args, **kwargs)`` with Dynamo off for every frame below it.
+
+    One disabled function for all: each one that Dynamo makes is a reference cycle that would hold its
+    function's arguments (pytorch#154642).
+    """
+    return _disabled_call()(function, *args, **kwargs)
+
+
+def opaque_to_dynamo(function: Any) -> Any:
+    """Decorator, free at run time: Dynamo neither traces ``function`` into a graph nor compiles its frame."""
+    function._torchdynamo_disable = True
+    skip_frame(function)
+    return function
 
 
 def torch_operator(

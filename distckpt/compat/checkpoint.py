@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from distckpt._torch import (
+    call_without_dynamo,
     dynamo_callback,
     is_aot_tracing,
     noop_context_fn,
     original_checkpoint,
     skip_frame,
     torch_operator,
-    without_dynamo,
 )
 from distckpt.engine import switches
 from distckpt.engine.api import chunk, run_chunk
@@ -137,10 +137,9 @@ def _checkpoint(
                 "Passing `context_fn`, `debug`, or `respect_saved_tensors_hooks` is only supported when "
                 "use_reentrant=False."
             )
-        apply = CheckpointFunction.apply
         if dynamo_callback() is not None:
-            apply = without_dynamo(apply)
-        return apply(function, preserve_rng_state, *args)
+            return call_without_dynamo(CheckpointFunction.apply, function, preserve_rng_state, *args)
+        return CheckpointFunction.apply(function, preserve_rng_state, *args)
     options = region_options(
         preserve_rng_state, context_fn, determinism_check, debug, early_stop, respect_saved_tensors_hooks
     )

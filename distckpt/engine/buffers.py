@@ -105,22 +105,21 @@ def _owners(root: Module) -> list[Module]:
 class _Entry:
     """One buffer before the forward."""
 
-    __slots__ = ("before", "key", "owner", "tensor", "version")
+    __slots__ = ("before", "key", "owner", "statistic", "tensor", "version")
 
     def __init__(self, owner: Module, key: str, tensor: torch.Tensor) -> None:
         self.owner = owner
         self.key = key
         self.tensor = tensor
         self.version = tensor._version
-        keep = tensor.numel() <= _SMALL or key in _known_to_change.get(owner, ()) or _statistics(owner)
+        self.statistic = isinstance(owner, _NormBase) and owner.training
+        keep = self.statistic or tensor.numel() <= _SMALL or key in _known_to_change.get(owner, ())
         self.before = tensor.detach().clone() if keep else None
 
     def changed(self) -> bool:
+        if self.statistic:  # the normalisation kernels write running statistics without moving their version
+            return True
         return self.owner._buffers.get(self.key) is not self.tensor or self.tensor._version != self.version
-
-
-def _statistics(owner: Module) -> bool:
-    return isinstance(owner, _NormBase) and owner.training
 
 
 def watch(fn: Any) -> Buffers | None:
@@ -156,7 +155,7 @@ class Buffers:
         lost = []
         for e in changed:
             _known_to_change.setdefault(e.owner, set()).add(e.key)
-            if e.tensor._version == e.version:
+            if e.owner._buffers.get(e.key) is not e.tensor and e.tensor._version == e.version:
                 e.before = e.tensor  # replaced, not written: the old one still has the old values
             if e.before is None:
                 lost.append(e.key)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from distckpt._torch import dynamo_callback, skip_frame, without_dynamo
+from distckpt._torch import call_without_dynamo, dynamo_callback, skip_frame
 from distckpt.engine.options import Options
 from distckpt.engine.region import abort_region, close_region, open_region
 
@@ -23,7 +23,7 @@ def record(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Opti
         return fn(*args, **kwargs)
     if dynamo_callback() is not None:
         # Called from a compiled caller after a graph break: the record and its replays must both run eagerly.
-        return without_dynamo(_record)(fn, args, kwargs, options)
+        return call_without_dynamo(_record, fn, args, kwargs, options)
     return _record(fn, args, kwargs, options)
 
 

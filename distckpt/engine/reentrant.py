@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
-from distckpt._torch import dynamo_callback, reentrant_backward_allowed, without_dynamo
+from distckpt._torch import call_without_dynamo, dynamo_callback, reentrant_backward_allowed
 from distckpt.engine.errors import BadOption
 from distckpt.engine.options import Options
 from distckpt.engine.region import Region, close_region, open_region
@@ -135,7 +135,6 @@ def reentrant(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: O
             f"a reentrant region takes positional arguments only, not {', '.join(kwargs)}",
             fix="leave use_reentrant at its default, False",
         )
-    apply = CheckpointFunction.apply
     if dynamo_callback() is not None:
-        apply = without_dynamo(apply)
-    return apply(fn, options, *args)
+        return call_without_dynamo(CheckpointFunction.apply, fn, options, *args)
+    return CheckpointFunction.apply(fn, options, *args)

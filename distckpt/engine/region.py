@@ -16,8 +16,11 @@ import torch
 from distckpt_backends import live
 
 from distckpt._torch import (
+    call_without_dynamo,
+    dynamo_callback,
     graph_task_id,
     make_saved_tensor,
+    opaque_to_dynamo,
     pop_saved_tensors_hooks,
     push_saved_tensors_hooks,
     queue_callback,
@@ -68,11 +71,14 @@ class Region:
     verifier: Verifier | None = None
     tie: Tie | None = None
 
+    @opaque_to_dynamo
     def unpack(self, slot: Slot) -> Any:
         """The value autograd asks for; replays the region when the slot is empty. Drops it at its last use."""
         value = slot.value
         if value is None:
-            value = self._replay_for(slot)
+            # With compiled autograd this may run below a graph break; a replay is eager, as its record was.
+            eager = dynamo_callback() is None
+            value = self._replay_for(slot) if eager else call_without_dynamo(self._replay_for, slot)
         elif self.session is None:
             slot.value = None
         meta = slot.meta
@@ -210,7 +216,7 @@ def _stash_devices(
     met = tensors((fn, args, kwargs) if strict else args)
     name = current_rule("error" if strict else "warn")
     types = choose(device_types(met), name, describe(fn, r.options))
-    chosen = stashed_backends(types, backends)
+    chosen = backends if name == "all" else stashed_backends(types, backends)
     if r.options.preserve_rng_state:
         r.stash = rng.Stash(chosen, tuple(b for b in backends if b not in chosen))
     for backend in chosen:

@@ -16,6 +16,7 @@ Note [What a slot is given]
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,11 @@ import torch
 
 from distckpt._torch import (
     SavedTensor,
+    call_without_dynamo,
     dynamo_callback,
     pop_saved_tensors_hooks,
     push_saved_tensors_hooks,
     set_grad_enabled,
-    without_dynamo,
 )
 from distckpt.engine import ambient, rng
 from distckpt.engine.errors import ReplayError
@@ -169,7 +170,7 @@ def _run(
         return x.detach() if x.requires_grad else x
 
     if dynamo_callback() is not None:
-        fn = without_dynamo(fn)
+        fn = functools.partial(call_without_dynamo, fn)
     frame = Frame(r, here.frame)
     here.frame = frame
     here.replaying += 1
