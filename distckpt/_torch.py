@@ -50,6 +50,11 @@ original_checkpoint = _ORIGINALS.checkpoint
 original_selective_contexts = _ORIGINALS.create_selective_checkpoint_contexts
 OriginalPolicy = _ORIGINALS.CheckpointPolicy
 OriginalCheckpointError: type[RuntimeError] = _ORIGINALS.CheckpointError
+OriginalCachingMode: Any = (
+    _ORIGINALS._CachingTorchDispatchMode
+)  # users subclass the two and test with isinstance
+OriginalCachedMode: Any = _ORIGINALS._CachedTorchDispatchMode
+user_determinism_checks: dict[str, Any] = _ORIGINALS._allowed_determinism_checks_to_fns  # users add to it
 noop_context_fn = _ORIGINALS.noop_context_fn  # torch compares with it by identity
 ignored_operators: set[Any] = _ORIGINALS.SAC_IGNORED_OPS
 

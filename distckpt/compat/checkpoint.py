@@ -20,6 +20,7 @@ from distckpt._torch import (
     original_checkpoint,
     skip_frame,
     torch_operator,
+    user_determinism_checks,
 )
 from distckpt.engine import switches
 from distckpt.engine.api import chunk, run_chunk
@@ -162,12 +163,16 @@ def region_options(
     override = switches.debug.get()
     if (debug if override is None else override) and context_fn is not noop_context_fn:
         raise ValueError("debug=True is incompatible with non-default context_fn")
-    if determinism_check not in CHECKS:
-        raise ValueError(f"determinism_check should be one of {list(CHECKS)}, but got {determinism_check}")
+    check: Any = determinism_check
+    if check not in CHECKS:
+        check = user_determinism_checks.get(check)
+        if check is None:
+            known = [*CHECKS, *(k for k in user_determinism_checks if k not in CHECKS)]
+            raise ValueError(f"determinism_check should be one of {known}, but got {determinism_check}")
     return _options(
         bool(preserve_rng_state),
         None if context_fn is noop_context_fn else context_fn,
-        determinism_check,
+        check,
         bool(debug),
         bool(early_stop),
         respect_saved_tensors_hooks,
@@ -175,7 +180,7 @@ def region_options(
 
 
 def _options(
-    preserve: bool, context_fn: Any, check: str, debug: bool, early: bool, respect: bool | None
+    preserve: bool, context_fn: Any, check: Any, debug: bool, early: bool, respect: bool | None
 ) -> Options:
     if context_fn is None:
         return _plain_options(preserve, check, debug, early, respect)
@@ -183,7 +188,7 @@ def _options(
 
 
 @functools.lru_cache(maxsize=64)
-def _plain_options(preserve: bool, check: str, debug: bool, early: bool, respect: bool | None) -> Options:
+def _plain_options(preserve: bool, check: Any, debug: bool, early: bool, respect: bool | None) -> Options:
     return Options(preserve, None, check, debug, early, respect, strict=False)
 
 

@@ -24,7 +24,7 @@ class Options:
 
     preserve_rng_state: bool = True
     context_fn: ContextFn | None = None
-    determinism_check: str = "default"
+    determinism_check: str | Callable[[Any], Any] = "default"
     debug: bool = False
     early_stop: bool = True
     respect_saved_tensors_hooks: bool | None = None
@@ -32,7 +32,7 @@ class Options:
     strict: bool = True
 
     def __post_init__(self) -> None:
-        if self.determinism_check not in CHECKS:
+        if self.determinism_check not in CHECKS and not callable(self.determinism_check):
             raise BadOption(
                 f"determinism_check should be one of {list(CHECKS)}, but got {self.determinism_check!r}",
                 fix='"default" compares shape, dtype and device; "fingerprint" and "bitwise" compare values',

@@ -86,6 +86,16 @@ class Region:
             raise mutated(self, value, meta)
         return value
 
+    @opaque_to_dynamo
+    def unpack_as_torch(self, slot: Slot) -> Any:
+        """Torch's rule: within one backward a saved tensor is unpacked once, and each backward has its own values.
+
+        When another backward left the value here (one runs inside the other), the first may have to replay again.
+        """
+        if slot.value is not None and graph_task_id() != self.backward:
+            self.backward = None
+        return self.unpack(slot)
+
     def _replay_for(self, slot: Slot) -> Any:
         with self.lock:
             if slot.value is None:  # another device thread may have replayed while this one waited
@@ -146,7 +156,7 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
         r.args = [make_saved_tensor(a, False) if isinstance(a, _Tensor) else own(a) for a in args]
         if kwargs:
             r.kwargs = own(kwargs)
-        r.buffers = buffers.watch(fn)
+        r.buffers = buffers.watch(fn, args, kwargs)
     else:
         r.fn = fn
         r.args = [make_saved_tensor(a, False) if isinstance(a, _Tensor) else a for a in args]
@@ -170,7 +180,7 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
     if options.context_fn is not None or options.debug or _debug() is not None:
         _enter_forward_context(r)
     here.frame = r
-    push_saved_tensors_hooks(_packer(r), r.unpack)
+    push_saved_tensors_hooks(_packer(r), r.unpack if strict else r.unpack_as_torch)
     return r
 
 

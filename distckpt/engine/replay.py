@@ -136,6 +136,8 @@ def _run(
     last = refs[wanted - 1] if early and wanted else None
     rest: Any = iter(refs)
     extra = 0
+    # Torch detaches every value, and its recompute contexts see that.
+    detach = r.replay_context is not None and not r.options.strict
 
     def pack(x: torch.Tensor) -> Any:
         nonlocal last
@@ -149,7 +151,7 @@ def _run(
             meta = slot.meta
             if meta is not None and meta != (now := (x.shape, x.dtype, x.device, x._version)):
                 mismatch.compare(refs.index(ref), slot, x, now)
-            if x.is_leaf and (x.requires_grad or type(x) is _Parameter):
+            if (x.is_leaf and (x.requires_grad or type(x) is _Parameter)) or detach:
                 x = x.detach()
             slot.value = x
             saved = ref

@@ -137,6 +137,12 @@ class GraphExecGroup(Session):
                 region.clear()
         self._regions.clear()
 
+    @classmethod
+    def _get_current_group(cls) -> GraphExecGroup | None:
+        """The group in force; torch's own engine asks by this name."""
+        found = current()
+        return found if isinstance(found, GraphExecGroup) else None
+
     def enroll(self, region: Region) -> None:
         """Recording under a group binds nothing: torch's group is about backward calls only."""
 

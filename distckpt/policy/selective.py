@@ -32,6 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from distckpt._torch import (
+    OriginalCachedMode,
+    OriginalCachingMode,
     OriginalPolicy,
     compiled_region_key,
     detach_below_autograd,
@@ -133,11 +135,16 @@ class _Entry:
         self.out = out
         self.after = after
 
+    @property
+    def val(self) -> Any:
+        """The kept tensor of an operator with one output, under torch's name for it."""
+        return self.out.value
 
-class _Selective(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.region: Region | None = None
+
+class _Selective:
+    # Subclasses of torch's modes by name only: every method that does something is ours.
+    supports_higher_order_operators = True
+    region: Region | None = None
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -154,11 +161,11 @@ class _Selective(TorchDispatchMode):
         return self.region is not None and self.region.options.strict
 
 
-class CachingMode(_Selective):
+class CachingMode(_Selective, OriginalCachingMode):
     """Around the forward: ask the policy, keep what it wants."""
 
     def __init__(self, policy_fn: Callable[..., Any], storage: Any, ac_graph_id: int | None = None) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.policy_fn = policy_fn
         self.storage = storage
         self.ac_graph_id = ac_graph_id
@@ -239,18 +246,18 @@ class CachingMode(_Selective):
         return hooks if respects else None
 
 
-class CachedMode(_Selective):
+class CachedMode(_Selective, OriginalCachedMode):
     """Around a replay: answer from what was kept."""
 
     def __init__(self, policy_fn: Any, storage: Any, allow_cache_entry_mutation: bool = False) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.storage = storage
         self.allow_cache_entry_mutation = allow_cache_entry_mutation
         self.func_counter: dict[Any, int] = defaultdict(int)
 
     def __enter__(self) -> Any:
         self.func_counter.clear()
-        return super().__enter__()
+        return TorchDispatchMode.__enter__(self)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in SAC_IGNORED_OPS:
