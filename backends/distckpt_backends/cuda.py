@@ -18,3 +18,7 @@ class CudaBackend(GeneratorBackend):
         if not torch.backends.cuda.is_built():
             return "this torch was built without CUDA and ROCm"
         return super().why_unavailable()
+
+    def is_initialized(self) -> bool:
+        # asked per region: without a context there are no generators, and nothing else needs to be called
+        return bool(torch.cuda.default_generators) and torch.cuda.is_initialized()

@@ -98,7 +98,7 @@ class Backend:
         raise NotImplementedError
 
     def device_count(self) -> int:
-        """Number of devices; 0 when unavailable."""
+        """Number of devices; 0 when unavailable, and where only an initialised runtime can tell (XLA)."""
         raise NotImplementedError
 
     def live_devices(self) -> tuple[torch.device, ...]:

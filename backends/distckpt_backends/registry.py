@@ -56,9 +56,11 @@ def live() -> tuple[Backend, ...]:
     """The backends, CPU aside, whose runtime is initialised now; loads nothing that could not be."""
     if len(_modules) != _scanned:
         _scan()
-    if not _candidates:
-        return ()
-    return tuple([b for b in _candidates if b.is_initialized()])
+    found: tuple[Backend, ...] = ()
+    for backend in _candidates:
+        if backend.is_initialized():
+            found += (backend,)
+    return found
 
 
 def register_backend(device_type: str, factory: Factory, *, replace: bool = False) -> None:
