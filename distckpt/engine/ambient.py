@@ -28,6 +28,9 @@ _deterministic = torch._C._get_deterministic_algorithms
 _warn_only = torch._C._get_deterministic_algorithms_warn_only
 _flash, _efficient, _math, _cudnn, _priority = sdp_readers()
 
+# What an inner `torch.autocast(kind)` without a dtype uses when no autocast is on around it.
+_IDLE_DTYPE = {kind: torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")}
+
 Ambient = tuple[Any, ...]
 
 
@@ -83,7 +86,7 @@ def _set(to: Ambient, of: Ambient) -> None:
 @contextlib.contextmanager
 def _autocast_entered(state: Any) -> Iterator[None]:
     held = _autocast()
-    cache, kinds = state if state is not None else (held[0], tuple((k, False, d) for k, _, d in held[1]))
+    cache, kinds = state or (held[0], tuple((k, False, _IDLE_DTYPE.get(k, d)) for k, _, d in held[1]))
     with autocast_nesting():
         _set_autocast(cache, kinds)
         try:

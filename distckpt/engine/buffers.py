@@ -2,8 +2,9 @@
 
 Note [Which buffers]
     Those of the modules that the call reaches: the function itself when it is a module, the owner of a bound method,
-    modules bound in a partial, in closure cells or read as globals. Finding them costs a plain function two
-    dictionary lookups. A value from before the forward is kept for small buffers and for those known to change;
+    arguments, modules bound in a partial, in closure cells, in defaults or read as globals, attributes of an object
+    that holds them, and what a function of the same file reaches that is used this way. Finding them costs a plain
+    function two dictionary lookups. A value from before the forward is kept for small buffers and for those known to change;
     any other buffer that changes is an error once and kept from then on.
 """
 
@@ -14,7 +15,7 @@ import dis
 import weakref
 from collections.abc import Iterator
 from functools import partial
-from types import CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -25,59 +26,92 @@ from distckpt._torch import preserve_versions
 from distckpt.engine.errors import BufferChanged
 
 _PLAIN = frozenset({int, float, str, bool, type(None), torch.Tensor})
+_OPAQUE = frozenset(
+    {ModuleType, type, BuiltinFunctionType, type(None)}
+)  # most of what a function reads as a global
 _SMALL = 1024  # elements; copying one is cheaper than being wrong about it
+_STATISTICS = ("running_mean", "running_var")  # batch_norm writes them without moving their version
 
 _global_names: dict[CodeType, tuple[str, ...]] = {}
 _known_to_change: weakref.WeakKeyDictionary[Module, set[str]] = weakref.WeakKeyDictionary()
 _trees: weakref.WeakKeyDictionary[Module, _Tree] = weakref.WeakKeyDictionary()
 
 
-def reached_modules(fn: Any) -> list[Module] | None:
-    """The modules that calling ``fn`` can reach without going through its arguments."""
-    kind = type(fn)
-    if kind is FunctionType:
-        return _reached_by_function(fn)
-    if isinstance(fn, Module):
-        return [fn]
-    if kind is MethodType:
-        owner = fn.__self__
-        found = _reached_by_function(fn.__func__) or []
-        return [owner, *found] if isinstance(owner, Module) else found
-    if kind is partial:
-        bound = [m for v in (*fn.args, *fn.keywords.values()) for m in _modules_in(v)]
-        return [*(reached_modules(fn.func) or ()), *bound]
-    call = kind.__call__ if callable(fn) else None
-    return _reached_by_function(call) if type(call) is FunctionType else None
+def reached_modules(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Module] | None:
+    """The modules that the call ``fn(*args, **kwargs)`` can reach."""
+    found: list[Module] = []
+    if type(fn) is FunctionType:
+        _in_function(fn, found, None)
+    else:
+        _in_value(fn, found, set())
+    for value in args:
+        if type(value) not in _PLAIN:
+            _in_value(value, found, set())
+    for value in kwargs.values():
+        if type(value) not in _PLAIN:
+            _in_value(value, found, set())
+    return found or None
 
 
-def _modules_in(value: Any) -> list[Module]:
+def _in_value(value: Any, found: list[Module], seen: set[int], deep: bool = True) -> None:
+    kind = type(value)
+    if kind in _PLAIN or id(value) in seen:
+        return
+    seen.add(id(value))
     if isinstance(value, Module):
-        return [value]
-    if type(value) in (list, tuple):
-        return [v for v in value if isinstance(v, Module)]
-    owner = value.__self__ if type(value) is MethodType else None
-    return [owner] if isinstance(owner, Module) else []
+        found.append(value)
+    elif kind is FunctionType:
+        _in_function(value, found, seen)
+    elif kind is MethodType:
+        _in_value(value.__self__, found, seen)
+        _in_value(value.__func__, found, seen)
+    elif kind is partial:
+        for part in (value.func, *value.args, *value.keywords.values()):
+            _in_value(part, found, seen)
+    elif kind is list or kind is tuple:
+        for part in value:
+            _in_value(part, found, seen, deep)
+    elif kind is dict:
+        for part in value.values():
+            _in_value(part, found, seen, deep)
+    elif deep and kind.__module__ != "builtins" and not isinstance(value, (type, torch.Tensor, ModuleType)):
+        for part in getattr(value, "__dict__", {}).values():  # an object that holds modules, one level deep
+            _in_value(part, found, seen, False)
+        call = getattr(kind, "__call__", None)  # noqa: B004
+        if type(call) is FunctionType:
+            _in_function(call, found, seen)
 
 
-def _reached_by_function(fn: Any) -> list[Module] | None:
-    found: list[Module] | None = None
+def _in_function(fn: Any, found: list[Module], seen: set[int] | None) -> None:
     code = fn.__code__
     names = _global_names.get(code)
     if names is None:
-        used = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
-        names = _global_names[code] = tuple(used)
+        names = _global_names[code] = tuple(_names(code))
     for name in names:
         value = fn.__globals__.get(name)
-        if isinstance(value, Module):
-            found = [*(found or ()), value]
+        if type(value) in _OPAQUE:
+            continue
+        if type(value) is not FunctionType or value.__globals__ is fn.__globals__:
+            seen = set() if seen is None else seen
+            _in_value(value, found, seen)
     for cell in fn.__closure__ or ():
         try:
             value = cell.cell_contents
         except ValueError:  # a name that is not assigned yet
             continue
         if type(value) not in _PLAIN:
-            found = [*(found or ()), *_modules_in(value)]
-    return found
+            seen = set() if seen is None else seen
+            _in_value(value, found, seen)
+    for value in fn.__defaults__ or ():
+        if type(value) not in _PLAIN:
+            _in_value(value, found, set() if seen is None else seen)
+    for value in (fn.__kwdefaults__ or {}).values():
+        _in_value(value, found, set() if seen is None else seen)
+
+
+def _names(code: CodeType) -> set[str]:
+    names = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    return names.union(*(_names(c) for c in code.co_consts if type(c) is CodeType))
 
 
 class _Tree:
@@ -122,9 +156,9 @@ class _Entry:
         return self.owner._buffers.get(self.key) is not self.tensor or self.tensor._version != self.version
 
 
-def watch(fn: Any) -> Buffers | None:
-    """The buffers that calling ``fn`` may change, as they are now; None when there are none."""
-    roots = reached_modules(fn)
+def watch(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Buffers | None:
+    """The buffers that the call may change, as they are now; None when there are none."""
+    roots = reached_modules(fn, args, kwargs)
     if not roots:
         return None
     entries = []

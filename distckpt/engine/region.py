@@ -92,7 +92,7 @@ class Region:
 
         When another backward left the value here (one runs inside the other), the first may have to replay again.
         """
-        if slot.value is not None and graph_task_id() != self.backward:
+        if slot.value is not None and type(self.backward) is int and graph_task_id() != self.backward:
             self.backward = None
         return self.unpack(slot)
 
