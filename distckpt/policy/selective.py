@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import enum
 import warnings
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -144,7 +145,7 @@ class _Entry:
 class _Selective:
     # Subclasses of torch's modes by name only: every method that does something is ours.
     supports_higher_order_operators = True
-    region: Region | None = None
+    _region: weakref.ref[Region] | None = None
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -152,13 +153,18 @@ class _Selective:
 
     def bind_region(self, region: Region) -> None:
         """The engine says which region these contexts serve."""
-        self.region = region
+        self._region = weakref.ref(region)  # the region holds its contexts
         if region.options.strict:
             region.autocast_cache = False
 
     @property
+    def region(self) -> Region | None:
+        return None if self._region is None else self._region()
+
+    @property
     def strict(self) -> bool:
-        return self.region is not None and self.region.options.strict
+        region = self.region
+        return region is not None and region.options.strict
 
 
 class CachingMode(_Selective, OriginalCachingMode):
@@ -292,8 +298,9 @@ class CachedMode(_Selective, OriginalCachedMode):
             text = f"{func} invocation index {index} encountered during backward but not found in storage. {_WHY}"
         if not self.strict:
             raise RuntimeError(text)
-        assert self.region is not None
-        if not self.region.closed:
+        region = self.region
+        assert region is not None
+        if not region.closed:
             return func(*args, **kwargs)  # a replay during the record may run past its end
         raise SelectiveMismatch(text, fix="make the region depend on its inputs only")
 
