@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from distckpt import _torch
-from distckpt.engine.options import Options
+from distckpt.compat.checkpoint import region_options
 from distckpt.modules.forward import ModuleRegion
 
 _contract = _torch.composable_contract()
@@ -24,17 +24,16 @@ class CheckpointState(_contract._State):
     _ac_generator: None = None
 
 
-@_contract.contract(CheckpointState)
-def checkpoint(module: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
+def _checkpoint(module: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
     """Make every call of ``module`` a region, in place, and return the module.
 
     Args:
-        **kwargs: ``preserve_rng_state``, ``context_fn``, ``determinism_check``, ``debug``, ``early_stop`` and
-            ``respect_saved_tensors_hooks`` as for ``distckpt.compat.checkpoint``.
+        **kwargs: ``preserve_rng_state``, ``context_fn``, ``determinism_check``, ``debug`` and ``early_stop`` as for
+            ``distckpt.compat.checkpoint``.
 
     Raises:
         NotImplementedError: ``use_reentrant=True``.
-        ValueError: any other keyword.
+        ValueError: any other keyword, or a value that none of these takes.
         AssertionError: the module has been through this before.
     """
     if kwargs.pop("use_reentrant", False):
@@ -42,21 +41,23 @@ def checkpoint(module: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
             "use_reentrant=True is not supported in composable checkpoint. "
             "Please use torch.utils.checkpoint.checkpoint instead."
         )
-    options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+    preserve_rng_state = kwargs.pop("preserve_rng_state", True)
+    context_fn = kwargs.pop("context_fn", None)
+    determinism_check = kwargs.pop("determinism_check", "default")
+    debug = kwargs.pop("debug", False)
+    early_stop = kwargs.pop("early_stop", True)
     if kwargs:
         raise ValueError("Unexpected keyword arguments: " + ",".join(kwargs))
-    ModuleRegion(module, Options(strict=False, **options)).attach()
+    context_fn = _torch.noop_context_fn if context_fn is None else context_fn
+    options = region_options(preserve_rng_state, context_fn, determinism_check, debug, early_stop)
+    ModuleRegion(module, options).attach()
     checkpoint.state(module).enable_hook = True
     return module
 
 
-_OPTIONS = (
-    "preserve_rng_state",
-    "context_fn",
-    "determinism_check",
-    "debug",
-    "early_stop",
-    "respect_saved_tensors_hooks",
-)
-
+# Torch's registry has the API under the name of the bare function, and keeps that function as a key in the module.
+# So it is called as torch's, and pickles under the name that it really has here.
+_checkpoint.__name__ = "checkpoint"
+checkpoint: Any = _contract.contract(CheckpointState)(_checkpoint)
+checkpoint.__qualname__ = "checkpoint"
 composable_checkpoint = checkpoint

@@ -11,7 +11,6 @@ from typing import Any
 import torch.utils.checkpoint as torchs
 
 from distckpt import compat
-from distckpt.compat import composable
 
 # Read by name at each use, by Dynamo's identity test and torch's own operator among others: the compile stack
 # follows torch.utils.checkpoint by itself, and what it bound at import (enum members, mode classes that its dispatch
@@ -25,22 +24,15 @@ _LEFT_ALONE = (
     "torch._inductor",
 )
 
-# Not in __all__, but imported by others: torch's composable API, xformers, users who add determinism checks.
-_PRIVATE = (
-    "_CachedTorchDispatchMode",
-    "_CachingTorchDispatchMode",
-    "_StopRecomputationError",
-    "_allowed_determinism_checks_to_fns",
-    "_checkpoint_without_reentrant_generator",
-    "_get_autocast_kwargs",
-    "_get_device_module",
-    "_infer_device_type",
-)
+# Not in __all__, but imported by others, torch's composable API among them. Torch's own `checkpoint` looks the first
+# one up by name, so it opens our regions even where somebody kept hold of it.
+_PRIVATE = ("_checkpoint_without_reentrant_generator", "_infer_device_type", "_get_autocast_kwargs")
 
 _Binding = tuple[dict[str, Any], str, Any, Any]  # namespace, name, torch's object, ours
 
 _lock = threading.RLock()
 _depth = 0
+_pairs: dict[int, tuple[Any, Any]] = {}
 _bindings: list[_Binding] = []
 _seen: frozenset[str] = frozenset()
 
@@ -79,18 +71,20 @@ class Installed:
 def install() -> Installed:
     """Make the names of ``torch.utils.checkpoint`` resolve to ``distckpt.compat``, for code that does not know us.
 
-    Replaced are the names in ``torch.utils.checkpoint`` itself, the composable API, and every global of an imported
-    module that is bound to one of those objects (``from torch.utils.checkpoint import checkpoint``), torch's own
-    wrapper modules included. Not reached: an object that holds torch's function elsewhere, such as a
-    ``functools.partial`` or a default argument made before. Install early for that reason.
+    Replaced are the names in ``torch.utils.checkpoint`` itself and every global of an imported module that is bound
+    to one of those objects (``from torch.utils.checkpoint import checkpoint``). Torch's wrapper modules and its
+    composable API are among these, so they open our regions, also on modules that were wrapped before.
+    Where torch's ``checkpoint`` is held elsewhere (a ``functools.partial`` or a default argument made before),
+    the call still reaches our engine, except under ``torch.compile``, where it breaks the graph.
 
     Installations nest: each returns a handle, and the names go back when the last one is removed.
     """
-    global _depth, _seen
+    global _depth, _pairs, _seen
     with _lock:
         if _depth == 0:
             _seen = frozenset(sys.modules)
-        _rebind(_replacements())
+            _pairs = _replacements()
+        _rebind()
         _depth += 1
         return Installed()
 
@@ -98,7 +92,6 @@ def install() -> Installed:
 def _replacements() -> dict[int, tuple[Any, Any]]:
     """By identity of torch's object: that object and ours."""
     pairs = [(getattr(torchs, name, None), _ours(name)) for name in (*torchs.__all__, *_PRIVATE)]
-    pairs.append((_torchs_composable(), composable.checkpoint))
     return {id(theirs): (theirs, ours) for theirs, ours in pairs if _replaceable(theirs, ours)}
 
 
@@ -118,15 +111,10 @@ def _ours(name: str) -> Any:
     return found
 
 
-def _torchs_composable() -> Any:
-    module = sys.modules.get("torch.distributed._composable")
-    return getattr(module, "checkpoint", None)
-
-
-def _rebind(replacements: dict[int, tuple[Any, Any]]) -> None:
+def _rebind() -> None:
     for _, namespace in _namespaces():
         for name, value in list(namespace.items()):
-            pair = replacements.get(id(value))
+            pair = _pairs.get(id(value))
             if pair is not None:
                 namespace[name] = pair[1]
                 _bindings.append((namespace, name, *pair))

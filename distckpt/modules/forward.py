@@ -101,7 +101,11 @@ def _call(region: ModuleRegion, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def _open(
-    module: torch.nn.Module, inner: Any, options: Options | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: torch.nn.Module,
+    inner: Any,
+    options: Options | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     if inner is None:
         # A bound method: the graph keeps the module alive until the replay, and the engine finds its buffers.
@@ -128,7 +132,7 @@ def _entry_point(region: ModuleRegion) -> FunctionType:
     guarded by identity, and every layer would compile again until Dynamo's limit turns it off.
     """
     entry = FunctionType(_call.__code__, _call.__globals__, "forward")
-    module = region.module()
+    module: Any = region.module()
     original = region.inner if region.inner is not None else type(module).forward
     for attribute in ("__module__", "__qualname__", "__doc__"):
         if hasattr(original, attribute):

@@ -32,7 +32,9 @@ def whole(x: torch.Tensor) -> torch.Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def run(order: str, units: str, precision: MixedPrecisionPolicy) -> tuple[list[torch.Tensor], dict[str, int], int]:
+def run(
+    order: str, units: str, precision: MixedPrecisionPolicy
+) -> tuple[list[torch.Tensor], dict[str, int], int]:
     """Outputs, gradients and new parameters of two steps; collectives; replays."""
     model = Model(layers=3)
     for layer in model.layers:
@@ -56,7 +58,11 @@ def run(order: str, units: str, precision: MixedPrecisionPolicy) -> tuple[list[t
             seen += [out.detach(), *(p.grad for p in model.parameters())]
             optimizer.step()
             optimizer.zero_grad()
-    return [whole(t).clone() for t in (*seen, *model.parameters())], communication.counts, counters.replays - replays
+    return (
+        [whole(t).clone() for t in (*seen, *model.parameters())],
+        communication.counts,
+        counters.replays - replays,
+    )
 
 
 def main(rank: int, store: str) -> None:

@@ -42,7 +42,12 @@ def step(model: nn.Module, call: Callable[[torch.Tensor], torch.Tensor] | None =
     torch.manual_seed(2)  # a replay that leaned on the current random state would show
     out.sum().backward()
     gradients: list[Any] = [p.grad for p in model.parameters()]
-    return [out.detach().clone(), *(b.clone() for b in model.buffers()), x.grad, *(g.clone() for g in gradients)]
+    return [
+        out.detach().clone(),
+        *(b.clone() for b in model.buffers()),
+        x.grad,
+        *(g.clone() for g in gradients),
+    ]
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:

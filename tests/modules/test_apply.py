@@ -33,7 +33,9 @@ def fingerprint(model: nn.Module) -> Any:
     )
 
 
-@pytest.mark.parametrize("globs", ["layers.*", ["layers.0", "layers.2"], "", "**.attn", ("layers.*", "**.attn")])
+@pytest.mark.parametrize(
+    "globs", ["layers.*", ["layers.0", "layers.2"], "", "**.attn", ("layers.*", "**.attn")]
+)
 def test_gradients_outputs_and_buffers_equal_plain_to_the_bit(globs: Any) -> None:
     plain, model = Model(), Model()
     apply(model, globs)
@@ -111,7 +113,9 @@ def test_a_forward_put_over_ours_survives_remove_without_a_region() -> None:
     assert counters.regions == regions_before
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
 def test_copies_carry_regions_of_their_own(clone: Callable[[Model], Model]) -> None:
     model = Model()
     handle = apply(model, "layers.*", determinism_check="bitwise")

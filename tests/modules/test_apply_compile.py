@@ -14,7 +14,9 @@ from distckpt.modules import apply
 from tests.modules.models import Model, same, step
 
 # Dynamo warns about its own doings, such as reading .grad of a non-leaf.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 
 
 @pytest.fixture(autouse=True)

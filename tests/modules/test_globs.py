@@ -7,7 +7,17 @@ import pytest
 from distckpt.modules.errors import NoMatch
 from distckpt.modules.globs import compile_glob, select
 
-NAMES = ["", "layers", "layers.0", "layers.0.attn", "layers.0.mlp.w1", "layers.10", "layers.10.attn", "attn", "head"]
+NAMES = [
+    "",
+    "layers",
+    "layers.0",
+    "layers.0.attn",
+    "layers.0.mlp.w1",
+    "layers.10",
+    "layers.10.attn",
+    "attn",
+    "head",
+]
 
 
 def matches(glob: str) -> list[str]:
@@ -48,7 +58,9 @@ def test_two_stars_cross_dots(glob: str, expected: list[str]) -> None:
     ("glob", "expected"),
     [("layers.[01]", ["layers.0"]), ("layers.[!1]*", ["layers.0"]), ("layers[.]0", []), ("layers+0", [])],
 )
-def test_brackets_choose_characters_and_no_dot_and_the_rest_is_literal(glob: str, expected: list[str]) -> None:
+def test_brackets_choose_characters_and_no_dot_and_the_rest_is_literal(
+    glob: str, expected: list[str]
+) -> None:
     assert matches(glob) == expected
 
 
