@@ -28,6 +28,7 @@ from distckpt._torch import (
 from distckpt.engine import ambient, buffers, rng, sessions, streams, switches
 from distckpt.engine.barrier import Tie
 from distckpt.engine.devices import choose, current_rule, device_types, stashed_backends
+from distckpt.engine.doubt import Doubtful, settle
 from distckpt.engine.errors import LateDevice, SuppressedException, UnstashedDraw
 from distckpt.engine.events import counters
 from distckpt.engine.inputs import own, tensors
@@ -81,9 +82,19 @@ class Region:
             value = self._replay_for(slot) if eager else call_without_dynamo(self._replay_for, slot)
         elif self.session is None:
             slot.value = None
-        meta = slot.meta
-        if meta is not None and value._version != meta[3] and self.options.strict:
-            raise mutated(self, value, meta)
+        if value._version != slot.meta[3]:
+            value = self._look_again(slot, value)
+        return value
+
+    def _look_again(self, slot: Slot, value: Any) -> Any:
+        if type(value) is Doubtful:
+            value = settle(self, slot, value)
+        if (
+            value._version != slot.meta[3]
+            and self.options.strict
+            and self.options.determinism_check != "none"
+        ):
+            raise mutated(self, value, slot.meta)
         return value
 
     @opaque_to_dynamo
@@ -201,7 +212,7 @@ def _packer(r: Region) -> Any:
         def pack(x: torch.Tensor) -> Slot:
             slot = Slot()
             slot.value = None
-            slot.meta = None
+            slot.meta = (None, None, None, x._version)
             add(_ref(slot))
             return slot
 

@@ -4,8 +4,8 @@ Note [Early stop]
     A replay ends at the last slot that still lives, by an exception from the saved-tensor hook. The exception is
     a ``BaseException`` so that a user's ``except Exception`` around an operator does not eat it; if a bare
     ``except`` does, every further save raises it again and a normal return is accepted, since every slot is
-    full by then. With draws to come it does not stop (Note [Where the forward ended] in ``rng.py``), and slots
-    are only known to end before the last one when the region drew nothing.
+    full by then. When the last slots are dead it stops at the first save after the last living one, since only then
+    the operator that saved that one has certainly finished. At the very last slot see Note [Doubt] in ``doubt.py``.
 
 Note [What a slot is given]
     An intermediate value as it is. Its recomputed graph stays alive with it, but holds no tensors: what that graph
@@ -31,6 +31,7 @@ from distckpt._torch import (
     set_grad_enabled,
 )
 from distckpt.engine import ambient, rng
+from distckpt.engine.doubt import doubt
 from distckpt.engine.errors import ReplayError
 from distckpt.engine.events import counters
 from distckpt.engine.inputs import Packed, give_back
@@ -98,7 +99,7 @@ def replay(r: Region, run: Any = None) -> None:
     draws = r.draws if r.closed else rng.so_far(r.rng_before, r.stash)
     held = rng.rewind(draws) if draws else None
     now = ambient.snapshot()
-    mismatch = Mismatch(r)
+    mismatch = Mismatch(r, (fn, args, kwargs))
     run = run or _run
     if now == r.ambient and r.replay_context is None and r.buffers is None:
         try:
@@ -131,39 +132,42 @@ def _run(
     mismatch: Mismatch,
 ) -> None:
     refs, closed = r.refs, r.closed
-    early = r.early_stop
-    wanted = _last_living(refs) if early and r.options.strict and not draws else len(refs)
-    last = refs[wanted - 1] if early and wanted else None
+    early = r.early_stop and r.verifier is None  # a value check wants every operator finished
+    wanted = _last_living(refs) if early and r.options.strict else len(refs)
+    last = refs[-1] if early and refs else None
+    beyond_wanted = refs[wanted] if wanted < len(refs) else None
+    stopped = False
     rest: Any = iter(refs)
     extra = 0
+    check = r.options.determinism_check != "none"
     # Torch detaches every value, and its recompute contexts see that.
     detach = r.replay_context is not None and not r.options.strict
 
     def pack(x: torch.Tensor) -> Any:
-        nonlocal last
+        nonlocal stopped
         ref = next(rest, None)
         if ref is None:
             return beyond(x)
+        if ref is beyond_wanted:
+            raise Stop
         slot = ref()
         if slot is None:  # this part of the graph is gone; only the recomputed graph may need the value
             saved = x.detach() if x.requires_grad else x
         else:
-            meta = slot.meta
-            if meta is not None and meta != (now := (x.shape, x.dtype, x.device, x._version)):
-                mismatch.compare(refs.index(ref), slot, x, now)
+            if check and slot.meta != (now := (x.shape, x.dtype, x.device, x._version)):
+                x = mismatch.compare(refs.index(ref), slot, x, now)
             if (x.is_leaf and (x.requires_grad or type(x) is _Parameter)) or detach:
                 x = x.detach()
             slot.value = x
             saved = ref
         if ref is last:
-            if not (draws and closed and rng.pending(draws)):
-                raise Stop
-            last = None
+            stopped = True
+            raise Stop
         return saved
 
     def beyond(x: torch.Tensor) -> Any:
         nonlocal extra
-        if last is not None:
+        if stopped:
             raise Stop  # somebody swallowed the first one
         extra += 1
         if closed:
@@ -191,7 +195,9 @@ def _run(
     reached = len(refs) - rest.__length_hint__()
     if reached < wanted:
         mismatch.fewer(reached)
-    if last is None and closed and draws and r.options.strict and not mismatch:
+    if stopped:
+        doubt(refs[-2:])
+    elif not early and closed and draws and r.options.strict and not mismatch:
         mismatch.drew(rng.pending(draws))
     if r.verifier is not None:
         r.verifier.compare(refs, mismatch)

@@ -6,10 +6,8 @@ Note [What is stashed]
     replay restores nothing. A device of another type that moved is a draw nobody can replay.
 
 Note [Where the forward ended]
-    The state after the forward is kept for what moved. A replay that reaches its last slot while a generator is
-    not there yet has draws to come: the last operator has filled nothing (RReLU's noise is drawn after its
-    slot is packed), so it must not stop early. A replay that ran to its end somewhere else drew another
-    number of values: it is not the same computation.
+    The state after the forward is kept for what moved: a replay that ran to its end and left a generator somewhere
+    else drew another number of values, so it is not the same computation.
 """
 
 from __future__ import annotations

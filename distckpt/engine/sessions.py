@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt._torch import tls_get, tls_set
 from distckpt.engine.errors import CheckpointError, SessionError
+from distckpt.engine.state import here
 
 if TYPE_CHECKING:
     from distckpt.engine.region import Region
@@ -157,7 +158,7 @@ class GraphExecGroup(Session):
 
 def refuse_second_unpack(region: Region, task: int) -> None:
     """Torch's rule: within one backward a saved tensor is unpacked once."""
-    if task != -1 and region.backward == task:
+    if task != -1 and region.backward == task and not here.settling:
         _refuse("")
 
 

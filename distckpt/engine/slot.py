@@ -10,8 +10,8 @@ class Slot:
 
     Autograd owns the slot; the region only knows it weakly. So a slot that is gone means that its part
     of the graph was freed, and a replay need not fill it. ``value`` is None except between a replay and
-    the value's last use. ``meta`` is what was saved in the forward: (shape, dtype, device, version), or
-    None when nobody wants it checked. There is no ``__init__``: a call of one would
+    the value's last use. ``meta`` is what was saved in the forward: (shape, dtype, device, version); the
+    first three are None when nobody wants them checked. There is no ``__init__``: a call of one would
     cost more than the slot; whoever makes a slot sets both.
     """
 
