@@ -6,8 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
     from distckpt.engine.options import ContextFn
     from distckpt.engine.region import Region
@@ -26,7 +24,6 @@ class Contexts:
             bind = getattr(context, "bind_region", None)
             if bind is not None:
                 bind(region)
-        self._cache = region.autocast_cache
         self._entered: contextlib.ExitStack | None = None
 
     def enter_forward(self) -> None:
@@ -34,7 +31,6 @@ class Contexts:
         with contextlib.ExitStack() as stack:
             if self._log is not None:
                 stack.enter_context(self._log.forward.recording())
-            self._no_cache(stack)
             stack.enter_context(self._forward)
             self._entered = stack.pop_all()
 
@@ -55,7 +51,6 @@ class Contexts:
             if self._log is not None:
                 self._log.replay.entries.clear()
                 stack.enter_context(self._log.replay.recording())
-            self._no_cache(stack)
             if hasattr(self._forward, "paused"):  # the forward mode may still be on, around this replay
                 self._forward.paused += 1
                 stack.callback(self._resume)
@@ -64,8 +59,3 @@ class Contexts:
 
     def _resume(self) -> None:
         self._forward.paused -= 1
-
-    def _no_cache(self, stack: contextlib.ExitStack) -> None:
-        if not self._cache:
-            stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
-            torch.set_autocast_cache_enabled(False)

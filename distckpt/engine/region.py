@@ -59,7 +59,6 @@ class Region:
     early_stop: bool
     outer: Any = None
     closed = False
-    autocast_cache = True
     buffers: Any = None
     rng_before: Any = None  # the CPU state, until the record ends
     stash: rng.Stash | None = None  # other streams, until the record ends

@@ -154,7 +154,8 @@ def _run(
         if slot is None:  # this part of the graph is gone; only the recomputed graph may need the value
             saved = x.detach() if x.requires_grad else x
         else:
-            if check and slot.meta != (now := (x.shape, x.dtype, x.device, x._version)):
+            now = (x.shape, x.dtype, x.device, x._version) if check else (None, None, None, x._version)
+            if slot.meta != now:
                 x = mismatch.compare(refs.index(ref), slot, x, now)
             if (x.is_leaf and (x.requires_grad or type(x) is _Parameter)) or detach:
                 x = x.detach()

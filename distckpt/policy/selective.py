@@ -15,8 +15,9 @@ Note [Random operators]
     gradients are wrong when a kept random operator precedes a recomputed one.)
 
 Note [Autocast]
-    Autocast caches weight casts across regions, so a forward may run fewer casts than its replay and the count of
-    operators would be off. In a region of ``dc.*`` the cache is off in both runs (pytorch#193338).
+    Autocast caches weight casts across regions, so a forward may run fewer casts than its replay, and counting them
+    would shift every later one (pytorch#193338). Turning the cache off would change where gradients add up. So in
+    a region of ``dc.*`` under autocast casts are never kept and never counted; they are cheap to do again.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ SAC_IGNORED_OPS = ignored_operators
 
 _SAVE = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
 _OFFLOAD = (CheckpointPolicy.MUST_CPU_OFFLOAD, CheckpointPolicy.PREFER_CPU_OFFLOAD)
+_CAST = torch.ops.aten._to_copy.default
 _RECOMPUTE: Any = object()
 _CONSUMED: Any = object()
 _WHY = (
@@ -145,6 +147,7 @@ class _Entry:
 class _Selective:
     # Subclasses of torch's modes by name only: every method that does something is ours.
     supports_higher_order_operators = True
+    _casts = False  # under autocast: casts are neither kept nor counted
     _region: weakref.ref[Region] | None = None
 
     @classmethod
@@ -154,8 +157,7 @@ class _Selective:
     def bind_region(self, region: Region) -> None:
         """The engine says which region these contexts serve."""
         self._region = weakref.ref(region)  # the region holds its contexts
-        if region.options.strict:
-            region.autocast_cache = False
+        self._casts = region.options.strict and region.ambient[8] is not None
 
     @property
     def region(self) -> Region | None:
@@ -185,7 +187,7 @@ class CachingMode(_Selective, OriginalCachingMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.paused or func in SAC_IGNORED_OPS:
+        if self.paused or func in SAC_IGNORED_OPS or (self._casts and func is _CAST):
             return func(*args, **kwargs)
         before = [(s, s.get_state()) for s in self._streams()] if self._may_draw(func) else ()
         out = func(*args, **kwargs)
@@ -266,7 +268,7 @@ class CachedMode(_Selective, OriginalCachedMode):
         return TorchDispatchMode.__enter__(self)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in SAC_IGNORED_OPS:
+        if func in SAC_IGNORED_OPS or (self._casts and func is _CAST):
             return func(*args, **(kwargs or {}))
         key = compiled_region_key(func, args)
         index = self.func_counter[key]
