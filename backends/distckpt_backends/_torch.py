@@ -40,14 +40,6 @@ def device_module(device_type: str) -> ModuleType | None:
     return found if isinstance(found, ModuleType) else None
 
 
-def is_device_type(name: str) -> bool:
-    """True when `torch.device(name)` is valid in this process."""
-    try:
-        return torch.device(name).type == name
-    except RuntimeError:
-        return False
-
-
 def registered_module_types() -> tuple[str, ...]:
     """Device types that someone gave a module through torch's registration function, beside those torch
     ships.
@@ -59,12 +51,6 @@ def registered_module_types() -> tuple[str, ...]:
 
 
 _WITHOUT_MODULE = ("lazy", "hpu", "ipu", "ve", "fpga", "maia", "vulkan", "opengl", "opencl", "ideep")
-
-
-def in_bad_fork(module: Any) -> bool:
-    """True in a forked child of a process that had the device initialised: its runtime cannot be used."""
-    check = getattr(module, "_is_in_bad_fork", None)
-    return bool(check is not None and check())
 
 
 # torch_xla 2.9 --------------------------------------------------------------------------------------------
