@@ -4,8 +4,8 @@ Note [Which buffers]
     Those of the modules that the call reaches: the function itself when it is a module, the owner of a bound method,
     arguments, modules bound in a partial, in closure cells, in defaults or read as globals, attributes of an object
     that holds them, and what a function of the same file reaches that is used this way. Finding them costs a plain
-    function two dictionary lookups. A value from before the forward is kept for small buffers and for those known to change;
-    any other buffer that changes is an error once and kept from then on.
+    function two dictionary lookups. A value from before the forward is kept for small buffers and for those known
+    to change; any other buffer that changes is an error once and kept from then on.
 """
 
 from __future__ import annotations
@@ -201,6 +201,10 @@ class Buffers:
                 fix="run this step again: from now on they are kept. Or change them outside the region",
             )
         return Buffers(changed)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The live buffers."""
+        return [t for e in self.entries if (t := e.owner._buffers.get(e.key)) is not None]
 
     @contextlib.contextmanager
     def rewound(self) -> Iterator[None]:

@@ -1,12 +1,21 @@
-"""Mismatch: what a replay did otherwise than its forward, and the error that says so."""
+"""Mismatch: what a replay did otherwise than its forward, and the error that says so.
+
+Note [Versions]
+    A replay is exact, so a value that it saves has the version (number of in-place changes) that the forward saw;
+    another one means that a parameter or a captured tensor was changed since, and the unpack refuses it, as plain
+    autograd does. Two kinds of tensor start from another version legitimately: an input that a hook or an outer
+    region restored, which has been checked on its own, and a buffer that the replay found rewound.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from distckpt.engine import errors
+from distckpt.engine.inputs import tensors
 
 if TYPE_CHECKING:
     from distckpt.engine.region import Region
@@ -38,10 +47,11 @@ def _meta(meta: Any) -> str:
 class Mismatch:
     """Collects the differences of one replay; true when there is one."""
 
-    __slots__ = ("count", "drawn", "metas", "region", "value_positions")
+    __slots__ = ("call", "count", "drawn", "metas", "region", "value_positions")
 
-    def __init__(self, region: Region) -> None:
+    def __init__(self, region: Region, call: Any) -> None:
         self.region = region
+        self.call = call
         self.count: int | None = None
         self.metas: list[tuple[int, Any, Any]] | None = None
         self.drawn: list[str] | None = None
@@ -52,15 +62,17 @@ class Mismatch:
             self.value_positions is not None
         )
 
-    def compare(self, i: int, slot: Slot, x: torch.Tensor, now: tuple[Any, ...]) -> None:
-        """Position ``i`` was saved with other metadata, or only with another version."""
+    def compare(self, i: int, slot: Slot, x: torch.Tensor, now: tuple[Any, ...]) -> torch.Tensor:
+        """Position ``i`` was saved with other metadata, or only with another version. Returns the value to keep."""
         then = slot.meta
         if then[:3] != now[:3]:
             self.metas = [*(self.metas or ()), (i, then, now)]
-        elif not (x.is_leaf and x.requires_grad):
-            slot.meta = (
-                now  # an input may come back with a version counter of its own; a parameter never does
-            )
+        elif not self.region.options.strict or _alias(x, tensors(self.call)):
+            slot.meta = now
+        elif self.region.buffers is not None and _alias(x, self.region.buffers.tensors()):
+            x = x.clone()  # the buffer itself gets its present value back when the replay ends
+            slot.meta = (*now[:3], x._version)
+        return x
 
     def extra(self, i: int) -> None:
         """The replay went on to save number ``i``, beyond the last one of the forward."""
@@ -123,6 +135,22 @@ class Mismatch:
             fix="make the function depend on its inputs only; dc.pin() values that must not be decided twice, and ask "
             "dc.is_recomputing() before changing state",
         )
+
+
+def _alias(x: torch.Tensor, others: Iterable[torch.Tensor]) -> bool:
+    root, storage = _root(x), _storage(x)
+    return any(_root(t) is root or (storage is not None and _storage(t) == storage) for t in others)
+
+
+def _root(x: torch.Tensor) -> torch.Tensor:
+    return x if x._base is None else x._base
+
+
+def _storage(x: torch.Tensor) -> int | None:
+    try:
+        return x.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):  # sparse, or a subclass without one
+        return None
 
 
 def mutated(region: Region, value: torch.Tensor, meta: Any) -> errors.ReplayError:

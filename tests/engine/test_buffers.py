@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import distckpt as dc
-from distckpt.engine.errors import BufferChanged
+from distckpt.engine.errors import BufferChanged, ParameterChanged
 
 from .exact import Region, exact, leaf
 
@@ -194,6 +194,49 @@ def test_nested_regions_over_one_module_count_once_each() -> None:
         return out, x.grad, *state(module)
 
     exact(program)
+
+
+class Saved(Counter):
+    """Autograd saves the buffer itself, after the change or before it."""
+
+    def __init__(self, late: bool) -> None:
+        super().__init__()
+        self.late = late
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.late:
+            return (x * self.steps).sin() + self.steps.add_(1.0)
+        self.steps += 1
+        return (x * self.steps).sin()
+
+
+def test_a_saved_buffer_has_the_value_of_its_own_forward() -> None:
+    def program(region: Region) -> Any:
+        module = Saved(late=False)
+        x = leaf(4)
+        region(module, x).sum().backward()
+        region(module, x).sum().backward()
+        return x.grad, *state(module)
+
+    exact(program)
+
+
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_a_saved_buffer_that_changes_again_has_the_value_of_its_own_forward(
+    late: bool, early_stop: bool
+) -> None:
+    """Plain autograd refuses this program; a region may, or it is right."""
+    module = Saved(late)
+    x = leaf(4)
+    outs = [dc.checkpoint(module, x, early_stop=early_stop) for _ in range(3)]
+    for i, out in enumerate(outs):
+        try:
+            (grad,) = torch.autograd.grad(out.sum(), x)
+        except ParameterChanged:
+            continue
+        count = float(i if late else i + 1)
+        assert torch.equal(grad, torch.autograd.grad((x * count).sin().sum(), x)[0])
 
 
 def test_a_buffer_that_changes_after_the_forward_keeps_its_new_value() -> None:
