@@ -130,7 +130,7 @@ class Mismatch:
         found = diagnose(self)
         raise kind(
             what + found.text,
-            where=found.where or describe(r.fn, r.options),
+            where=describe(r.fn, r.options) + (f", at {found.where}" if found.where else ""),
             why=why,
             fix="make the function depend on its inputs only; dc.pin() values that must not be decided twice, and ask "
             "dc.is_recomputing() before changing state",
