@@ -91,7 +91,9 @@ def install() -> Installed:
 
 def _replacements() -> dict[int, tuple[Any, Any]]:
     """By identity of torch's object: that object and ours."""
-    pairs = [(getattr(torchs, name, None), _ours(name)) for name in (*torchs.__all__, *_PRIVATE)]
+    # An older torch lacks members of CheckpointPolicy. We accept torch's, and its compilers accept no other.
+    names = [name for name in (*torchs.__all__, *_PRIVATE) if name != "CheckpointPolicy"]
+    pairs = [(getattr(torchs, name, None), _ours(name)) for name in names]
     return {id(theirs): (theirs, ours) for theirs, ours in pairs if _replaceable(theirs, ours)}
 
 

@@ -107,13 +107,27 @@ def _open(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
+    if is_dynamo_compiling():
+        return _trace(module, inner, options, args, kwargs)
     if inner is None:
         # A bound method: the graph keeps the module alive until the replay, and the engine finds its buffers.
-        inner = type(module).forward.__get__(module)
+        inner = MethodType(type(module).forward, module)
+    return inner(*args, **kwargs) if options is None else run(inner, args, kwargs, options)
+
+
+def _trace(
+    module: torch.nn.Module,
+    inner: Any,
+    options: Options | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    if inner is None:
+        inner = partial(type(module).forward, module)  # Dynamo cannot make a bound method on every torch
     if options is None:
         return inner(*args, **kwargs)
     for name in kwargs:
-        if name in _OPERATOR_NAMES and is_dynamo_compiling():
+        if name in _OPERATOR_NAMES:
             # torch's operator would take this argument of the module's for an option of its own.
             return run(partial(inner, **kwargs), args, {}, options)
     return run(inner, args, kwargs, options)

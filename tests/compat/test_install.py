@@ -68,9 +68,10 @@ def regions_of(call: Callable[[], torch.Tensor]) -> int:
 def test_every_public_name_resolves_to_ours_and_back() -> None:
     before = {name: getattr(torchs, name) for name in torchs.__all__}
     with install():
-        assert {
-            name for name in torchs.__all__ if getattr(torchs, name) is not getattr(compat, name)
-        } == set()
+        theirs = {name for name in torchs.__all__ if getattr(torchs, name) is not getattr(compat, name)}
+        # Before torch 2.13 the enum lacks members, and torch's compilers know their own only.
+        assert theirs <= {"CheckpointPolicy"}
+        assert not theirs or not hasattr(torchs.CheckpointPolicy, "MUST_CPU_OFFLOAD")
         assert torchs.checkpoint is compat.checkpoint
     assert {name: getattr(torchs, name) for name in torchs.__all__} == before
 
