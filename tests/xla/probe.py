@@ -17,8 +17,9 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,29 @@ def probe(
         ),
         result=json.loads(lines[-1]) if lines else None,
     )
+
+
+def probe_once(folder: Path, script: Path, argv: Sequence[str], *, timeout: float = 240.0) -> Compiled:
+    """`probe(script, argv)`, run by one of the processes that share `folder`; the others wait for its result."""
+    name = "-".join([script.stem, *argv])
+    done = folder / f"{name}.json"
+    try:
+        os.close(os.open(folder / f"{name}.lock", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        give_up = time.monotonic() + timeout
+        while not done.exists():
+            if time.monotonic() > give_up:
+                raise TimeoutError(f"another process did not finish {name}") from None
+            time.sleep(0.2)
+    else:
+        try:
+            found = asdict(probe(script, argv, timeout=timeout))
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            found = {"failed": str(error)}
+        draft = done.with_suffix(".draft")
+        draft.write_text(json.dumps(found))
+        draft.replace(done)
+    found = json.loads(done.read_text())
+    if "failed" in found:
+        raise RuntimeError(found["failed"])
+    return Compiled(**found)

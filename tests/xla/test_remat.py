@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.xla.probe import Compiled, probe
+from tests.xla.probe import Compiled, probe_once
 
 SCRIPT = Path(__file__).with_name("step.py")
+
+Step = Callable[..., Compiled]
 
 LAYERS, PRODUCTS = 8, 48  # two matrix products per block forward, four backward
 
@@ -21,13 +23,17 @@ REENTRANT = pytest.param(
 )
 
 
-@cache
-def step(variant: str, *options: str) -> Compiled:
-    return probe(SCRIPT, [variant, *options])
+@pytest.fixture
+def step(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Step:
+    """The compiled step of a variant; each is compiled once per run, whatever number of workers there is."""
+    folder = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        folder = folder.parent
+    return lambda variant, *options: probe_once(folder, SCRIPT, [variant, *options])
 
 
 @pytest.mark.parametrize("form", ["nonreentrant", REENTRANT])
-def test_each_block_recomputes_one_product_behind_one_barrier(form: str) -> None:
+def test_each_block_recomputes_one_product_behind_one_barrier(step: Step, form: str) -> None:
     plain, saved = step("none"), step(form)
     assert plain.ops["dot"] == PRODUCTS
     assert plain.ops["opt-barrier"] == 0
@@ -38,20 +44,22 @@ def test_each_block_recomputes_one_product_behind_one_barrier(form: str) -> None
 
 
 @pytest.mark.parametrize("form", ["nonreentrant", REENTRANT])
-def test_temporaries_shrink_at_least_fourfold(form: str) -> None:
+def test_temporaries_shrink_at_least_fourfold(step: Step, form: str) -> None:
     assert step("none").temp_bytes >= 4 * step(form).temp_bytes
 
 
-def test_temporaries_are_no_more_than_with_torch_xla_own_checkpoint() -> None:
+def test_temporaries_are_no_more_than_with_torch_xla_own_checkpoint(step: Step) -> None:
     assert step("nonreentrant").temp_bytes <= step("torch_xla").temp_bytes
 
 
 @pytest.mark.parametrize("form", ["nonreentrant", "reentrant"])
 @pytest.mark.parametrize("options", [(), ("dropout",)], ids=["plain", "dropout"])
-def test_loss_and_gradients_equal_the_step_without_regions(form: str, options: tuple[str, ...]) -> None:
+def test_loss_and_gradients_equal_the_step_without_regions(
+    step: Step, form: str, options: tuple[str, ...]
+) -> None:
     assert step(form, *options).result == step("none", *options).result
 
 
-def test_temporaries_shrink_with_dropout_too() -> None:
+def test_temporaries_shrink_with_dropout_too(step: Step) -> None:
     # masks depend on the seed only, so the CPU scheduler may make them early: less than fourfold here
     assert step("none", "dropout").temp_bytes >= 2 * step("nonreentrant", "dropout").temp_bytes
