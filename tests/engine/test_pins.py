@@ -63,7 +63,9 @@ def test_any_pytree_is_pinned_whole() -> None:
     def fn(t: torch.Tensor) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        route = dc.pin({"route": Route(t.detach() * calls, torch.tensor([calls])), "scale": calls, "name": "x"})
+        route = dc.pin(
+            {"route": Route(t.detach() * calls, torch.tensor([calls])), "scale": calls, "name": "x"}
+        )
         assert type(route["route"]) is Route
         assert route["name"] == "x"
         return (t * route["route"].weights * route["scale"] + route["route"].index).sin().exp()
@@ -133,9 +135,7 @@ def test_pins_in_several_backwards_and_double_backward_stay() -> None:
     assert torch.equal(grads[0], grads[1])
     assert torch.equal(grads[0], grads[2])
     (twice,) = torch.autograd.grad(grads[0].sum(), x)
-    want = torch.autograd.grad(
-        torch.autograd.grad(x.sin().exp().sum(), x, create_graph=True)[0].sum(), x
-    )[0]
+    want = torch.autograd.grad(torch.autograd.grad(x.sin().exp().sum(), x, create_graph=True)[0].sum(), x)[0]
     assert torch.equal(twice, want)
 
 

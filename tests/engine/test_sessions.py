@@ -50,9 +50,7 @@ def test_the_two_halves_of_a_split_backward_share_one_replay() -> None:
 def test_without_a_session_each_half_replays_for_itself() -> None:
     x, w = setup()
     out = dc.checkpoint(work, x, w).sum()
-    _, counts = counted(
-        lambda: (torch.autograd.grad(out, x, retain_graph=True), torch.autograd.grad(out, w))
-    )
+    _, counts = counted(lambda: (torch.autograd.grad(out, x, retain_graph=True), torch.autograd.grad(out, w)))
     assert counts.replays == 2
 
 
