@@ -67,3 +67,20 @@ def _step(step: p.Step, selective: bool, in_selective: bool) -> p.Step:
             inner = _body(step.body, selective and not in_selective, in_selective)
             return replace(step, body=inner, options=replace(step.options, selective=None))
     return step
+
+
+def without_hooks(program: p.Program) -> p.Program:
+    """Return the program without the user's saved-tensor hooks."""
+    return replace(program, body=_without_hooks(program.body))
+
+
+def _without_hooks(body: tuple[p.Step, ...]) -> tuple[p.Step, ...]:
+    steps: list[p.Step] = []
+    for step in body:
+        if isinstance(step, p.InnerGrad | p.Within | p.Region):
+            step = replace(step, body=_without_hooks(step.body))
+        if isinstance(step, p.Within) and step.context == "hooks":
+            steps += step.body
+        else:
+            steps.append(step)
+    return tuple(steps)

@@ -90,9 +90,7 @@ class Machine:
         self.steps(self.program.body, env)
         return env
 
-    def steps(
-        self, body: tuple[p.Step, ...], env: list[torch.Tensor], norm: nn.Module | None = None
-    ) -> None:
+    def steps(self, body: tuple[p.Step, ...], env: list[torch.Tensor], norm: nn.Module | None = None) -> None:
         """Run steps in order, appending to ``env``; ``norm`` is the batch norm to use."""
         for step in body:
             self.step(step, env, norm or self.norm)

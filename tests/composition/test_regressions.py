@@ -1,0 +1,87 @@
+"""What the random programs once found, each as a test of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import distckpt as dc
+
+ALWAYS = {"early_stop": False}
+KEEP_MM = partial(dc.create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+
+
+def gradient(fn: Callable[..., torch.Tensor], x: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Return the gradient of a region at ``x`` (of the plain call without options)."""
+    torch.manual_seed(0)
+    x = x.detach().requires_grad_()
+    out = dc.checkpoint(fn, x, **options) if options else fn(x)
+    (out * 3.0).sum().backward()
+    assert x.grad is not None
+    return x.grad
+
+
+@pytest.mark.parametrize("check", ["fingerprint", "bitwise"])
+def test_value_checks_stay_out_of_a_selective_region(check: str) -> None:
+    x = torch.randn(4, 4)
+    got = gradient(lambda x: (x @ x).sin(), x, context_fn=KEEP_MM, determinism_check=check, **ALWAYS)
+    assert torch.equal(got, gradient(lambda x: (x @ x).sin(), x))
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_rrelu_that_draws_nothing_is_exact_under_early_stop(early_stop: bool) -> None:
+    # the kernel draws for negative elements only, but fills its saved noise for all of them
+    positive = torch.randn(4, 4).sigmoid()
+    fn = partial(F.rrelu, lower=0.1, upper=0.4, training=True)
+    assert torch.equal(gradient(fn, positive, early_stop=early_stop), gradient(fn, positive))
+
+
+def test_a_selective_region_shares_autocasts_cached_casts() -> None:
+    weights = torch.randn(4, 4), torch.randn(4, 4)
+
+    def run(x: torch.Tensor, region: Callable[..., torch.Tensor]) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return region(lambda x: F.linear(x, weights[0]), x) + F.linear(x, weights[1])
+
+    x = torch.randn(4, 4)
+    plain = gradient(partial(run, region=lambda fn, x: fn(x)), x)
+    assert torch.equal(gradient(partial(run, region=partial(dc.checkpoint, context_fn=KEEP_MM)), x), plain)
+
+
+@pytest.mark.parametrize("check", ["none", "default", "bitwise"])
+def test_a_nested_region_that_changes_its_input_is_refused_at_every_check_level(check: str) -> None:
+    def change(x: torch.Tensor) -> torch.Tensor:
+        x.mul_(0.5)
+        return x.sin()
+
+    def outer(x: torch.Tensor) -> torch.Tensor:
+        return dc.checkpoint(change, x * 3.0, determinism_check=check, **ALWAYS)
+
+    with pytest.raises(dc.CheckpointError, match="changed in place"):
+        gradient(outer, torch.randn(4, 4), determinism_check=check, **ALWAYS)
+
+
+@pytest.mark.parametrize("check", ["none", "default", "fingerprint", "bitwise"])
+def test_a_batch_norm_used_twice_in_a_region_passes_every_check_and_counts_once(check: str) -> None:
+    plain, norm = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+    x = torch.randn(8, 4)
+    expected = gradient(lambda x: plain(plain(x)), x)
+    assert torch.equal(gradient(lambda x: norm(norm(x)), x, determinism_check=check), expected)
+    assert norm.num_batches_tracked == plain.num_batches_tracked == 2
+    assert norm.running_mean is not None
+    assert plain.running_mean is not None
+    assert torch.equal(norm.running_mean, plain.running_mean)
+
+
+def test_a_kept_batch_norm_result_passes_the_value_checks() -> None:
+    keep = partial(dc.create_selective_checkpoint_contexts, [torch.ops.aten.native_batch_norm.default])
+    norm = nn.BatchNorm1d(4)
+    x = torch.randn(8, 4)
+    got = gradient(lambda x: norm(x).sin(), x, context_fn=keep, determinism_check="bitwise", **ALWAYS)
+    assert torch.equal(got, gradient(lambda x: nn.BatchNorm1d(4)(x).sin(), x))
