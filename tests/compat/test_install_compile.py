@@ -13,6 +13,7 @@ from torch import nn
 
 import distckpt
 from distckpt.compat.install import install
+from distckpt.engine.events import counters
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
@@ -107,6 +108,14 @@ def test_the_backward_graph_recomputes_what_the_region_did() -> None:
     torch.compile(net, backend=compiler, fullgraph=True)(torch.randn(4, 8)).sum().backward()
     assert "aten.mm" in backwards[0]
     assert "sigmoid.default" in backwards[0]
+
+
+@pytest.mark.parametrize("call", [by_torchs_name, by_our_name, selectively])
+def test_while_aot_traces_it_is_torchs_engine_that_is_traced(call: Callable[..., torch.Tensor]) -> None:
+    net = Net(call)
+    before = counters.regions
+    step(net, torch.compile(net, backend="aot_eager", fullgraph=True))
+    assert counters.regions == before
 
 
 def test_a_compiled_function_inside_a_region_is_exact() -> None:
