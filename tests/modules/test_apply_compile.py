@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from distckpt.engine.events import counters
 from distckpt.modules import apply
@@ -81,3 +84,27 @@ def test_a_graph_break_inside_falls_back_to_our_engine() -> None:
     compiled = torch.compile(model, backend="aot_eager")
     assert same(step(model, compiled), step(plain))
     assert counters.regions == regions_before + 1
+
+
+def test_regions_then_compiled_layers_then_fsdp2_is_exact(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        results, graphs = [], []
+        compiler = backend(graphs)
+        for regions in (False, True):
+            model = Model()
+            for index, layer in enumerate(model.layers):
+                layer.norm = nn.LayerNorm(8)
+                if regions:
+                    apply(layer, "")
+                    model.layers[index] = torch.compile(layer, backend=compiler, fullgraph=True)
+                fully_shard(model.layers[index])
+            fully_shard(model)
+            torch.manual_seed(1)
+            model(torch.randn(4, 8)).sum().backward()
+            results.append([p.grad.full_tensor() for p in model.parameters()])
+    finally:
+        dist.destroy_process_group()
+    assert same(*results)
+    assert all("tag_activation_checkpoint" in graph for graph in graphs)
+    assert 1 <= len(graphs) <= 2  # the first layer's input needs no gradient
