@@ -1,0 +1,66 @@
+"""Every benchmark runs from the command line, at counts too small to say anything about speed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(script: str, *arguments: str) -> str:
+    """Run a benchmark script in a process of its own and return what it prints."""
+    paths = [str(ROOT), str(ROOT / "backends"), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_overhead_times_every_variant_on_every_engine() -> None:
+    printed = run("overhead.py", "--rounds", "1", "--calls", "2", "--saved", "1", "--no-write")
+    for variant in ("default", "nested", "selective, list", "reentrant", "no_grad"):
+        rows = [line for line in printed.splitlines() if line.startswith(f"| {variant} ")]
+        assert len(rows) == 3, variant
+
+
+def test_memory_never_exceeds_torchs_in_any_case() -> None:
+    # bytes, not seconds: this one does not depend on the machine
+    printed = run("memory.py", "--kib", "64", "--no-write")
+    header, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line
+    )
+    assert len(rows) == 14
+    for row in rows:
+        peaks = {name: float(cell) for name, cell in zip(header[2:], row[2:], strict=True)}
+        assert peaks["dc"] <= peaks["torch"] + 0.3, row
+        assert peaks["compat"] <= peaks["torch"] + 0.3, row
+
+
+def test_gpt_block_gives_equal_gradients() -> None:
+    printed = run("gpt_block.py", "--device", "cpu", "--width", "32", "--rounds", "1", "--no-write")
+    assert printed.count("| yes ") == 4
+
+
+def test_compose_reports_its_programs() -> None:
+    printed = run("compose.py", "--engine", "compat", "--count", "10", "--no-write")
+    assert "0 failures" in printed
+
+
+def test_the_benchmark_page_is_what_the_result_files_say() -> None:
+    run("docs.py", "--check")
+
+
+@pytest.mark.parametrize("name", ["overhead", "memory", "compose-dc", "compose-compat"])
+def test_results_are_committed(name: str) -> None:
+    assert (ROOT / "benchmarks" / "results" / f"{name}.json").is_file()
