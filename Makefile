@@ -49,7 +49,8 @@ demo: $(VENV)/.installed
 
 test-xla: $(XLA)/.installed
 	$(ONE) PJRT_DEVICE=CPU $(XLA)/bin/python -m pytest -q -n $(JOBS) -m "xla and not slow"
-	$(ONE) PJRT_DEVICE=CPU $(XLA)/bin/python -m pytest -q -n $(JOBS) -m "not xla and not slow" tests/engine tests/backends
+	$(ONE) PJRT_DEVICE=CPU $(XLA)/bin/python -m pytest -q -n $(JOBS) -m "not xla and not slow" \
+		tests/backends tests/engine tests/modules tests/compat
 
 clean:
 	rm -rf $(VENV) $(XLA) build dist .pytest_cache .ruff_cache
