@@ -53,11 +53,16 @@ def parameters_that_collide(fn: Any) -> frozenset[str]:
     code = _code(fn)
     if code is None:
         return frozenset()
+    if _is_dynamo_compiling():  # it cannot guard a dictionary whose keys are code objects
+        return _options_among(code)
     found = _collisions.get(code)
     if found is None:
-        count = code.co_argcount + code.co_kwonlyargcount
-        found = _collisions[code] = OPTION_NAMES.intersection(code.co_varnames[:count])
+        found = _collisions[code] = _options_among(code)
     return found
+
+
+def _options_among(code: CodeType) -> frozenset[str]:
+    return OPTION_NAMES.intersection(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
 
 
 def split(fn: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
