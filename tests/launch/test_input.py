@@ -12,6 +12,9 @@ pytest.importorskip("tyro", reason="launch/ needs the cli extra: pip install -e 
 from launch.app import BAD_INPUT, run
 from launch.state import NOTE
 
+# torch 2.9's own torch.distributed.checkpoint says this when it writes.
+pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
+
 SMALL = ["--layers", "1", "--width", "8", "--context", "8", "--ckpt", "none"]
 
 
