@@ -55,7 +55,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no options": {},
     "name and check": {"name": "block", "determinism_check": "none"},
     "selective": {
-        "context_fn": functools.partial(dc.create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+        "context_fn": functools.partial(
+            dc.create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default]
+        )
     },
 }
 

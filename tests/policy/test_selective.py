@@ -1,0 +1,312 @@
+"""Selective regions of ``dc.checkpoint`` with torch-shaped contexts: exact, also where torch's are not."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import distckpt as dc
+from distckpt.policy.errors import OffloadRefused, SavedOutputChanged
+from tests.engine.exact import Region, exact, leaf
+
+aten = torch.ops.aten
+Policy = dc.CheckpointPolicy
+MATMULS = [aten.mm.default, aten.addmm.default]
+
+
+def contexts(policy: Any, **options: Any) -> Callable[[], Any]:
+    return functools.partial(dc.create_selective_checkpoint_contexts, policy, **options)
+
+
+def work(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    y = torch.native_dropout((x @ w).relu().sin(), 0.3, True)[0]
+    return (y @ w).exp().sin() @ w
+
+
+class Count(TorchDispatchMode):
+    """How often each operator runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops[func] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def saves(*ops: Any) -> Callable[..., Any]:
+    return lambda ctx, op, *args, **kwargs: Policy.MUST_SAVE if op in ops else Policy.PREFER_RECOMPUTE
+
+
+def random_policy(seed: int) -> Callable[..., Any]:
+    chosen = random.Random(seed)
+    verbs = [
+        Policy.MUST_SAVE,
+        Policy.PREFER_SAVE,
+        Policy.MUST_RECOMPUTE,
+        Policy.PREFER_RECOMPUTE,
+        True,
+        False,
+    ]
+    return lambda ctx, op, *args, **kwargs: chosen.choice(verbs)
+
+
+POLICIES: dict[str, Callable[[], Any]] = {
+    "nothing": lambda: [],
+    "matmuls": lambda: MATMULS,
+    "cheap ones": lambda: [aten.sin.default, aten.relu.default],
+    "random ones": lambda: saves(aten.native_dropout.default),
+    "everything": lambda: lambda ctx, op, *a, **k: Policy.MUST_SAVE,
+    **{f"any {seed}": functools.partial(random_policy, seed) for seed in range(5)},
+}
+policies = pytest.mark.parametrize("name", POLICIES)
+
+
+@policies
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_any_policy_is_exact(name: str, early_stop: bool) -> None:
+    def program(region: Region) -> Any:
+        x, w = leaf(4, 4), leaf(4, 4, seed=2)
+        out = region(work, x, w)
+        out.sum().backward()
+        return out, x.grad, w.grad
+
+    exact(program, context_fn=contexts(POLICIES[name]()), early_stop=early_stop)
+
+
+@policies
+def test_a_second_backward_of_a_selective_region_is_exact(name: str) -> None:
+    def program(region: Region) -> Any:
+        x, w = leaf(4, 4), leaf(4, 4, seed=2)
+        out = region(work, x, w).sum()
+        return [g for _ in range(3) for g in torch.autograd.grad(out, (x, w), retain_graph=True)]
+
+    exact(program, context_fn=contexts(POLICIES[name]()))
+
+
+@policies
+def test_a_double_backward_of_a_selective_region_is_exact(name: str) -> None:
+    def program(region: Region) -> Any:
+        x, w = leaf(4, 4), leaf(4, 4, seed=2)
+        (g,) = torch.autograd.grad(region(work, x, w).sum(), x, create_graph=True)
+        return g, *torch.autograd.grad(g.pow(2).sum(), (x, w))
+
+    exact(program, context_fn=contexts(POLICIES[name]()))
+
+
+@policies
+def test_partial_backwards_of_a_selective_region_are_exact(name: str) -> None:
+    def program(region: Region) -> Any:
+        x, w = leaf(4, 4), leaf(4, 4, seed=2)
+        out = region(work, x, w).sum()
+        one = torch.autograd.grad(out, w, retain_graph=True)
+        two = torch.autograd.grad(out, x)
+        return *one, *two
+
+    exact(program, context_fn=contexts(POLICIES[name]()))
+
+
+@policies
+def test_a_selective_region_inside_and_around_others_is_exact(name: str) -> None:
+    def program(region: Region) -> Any:
+        x, w = leaf(4, 4), leaf(4, 4, seed=2)
+        inside = dc.checkpoint if region.__name__ != "plain" else region
+        out = region(lambda a, b: inside(work, work(a, b), b), inside(work, x, w), w)
+        out.sum().backward()
+        return out, x.grad, w.grad
+
+    def named(fn: Any, *args: Any, **kwargs: Any) -> Any:
+        return dc.checkpoint(fn, *args, context_fn=contexts(POLICIES[name]()), **kwargs)
+
+    from tests.engine.exact import plain, same_bits
+
+    torch.manual_seed(0)
+    want = program(plain)
+    torch.manual_seed(0)
+    found = program(named)
+    assert all(same_bits(a, b) for a, b in zip(want, found, strict=True))
+
+
+def test_saved_operators_do_not_run_again_and_the_others_do() -> None:
+    x, w = leaf(4, 4), leaf(4, 4, seed=2)
+    out = dc.checkpoint(work, x, w, context_fn=contexts(MATMULS)).sum()
+    with Count() as count:
+        out.backward()
+    assert count.ops[aten.sin.default] == 2  # recomputed
+    with Count() as plain:
+        work(x, w).sum().backward()
+    assert count.ops[aten.mm.default] == plain.ops[aten.mm.default] - 3  # the forward's three are kept
+
+
+def test_a_kept_random_operator_leaves_the_generator_where_the_forward_did() -> None:
+    """The draws after it would be other ones in the replay otherwise."""
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        mask = torch.rand_like(x) > 0.5
+        return F.dropout((x * mask).sin(), 0.5).exp() * torch.rand(()).item()
+
+    def program(region: Region) -> Any:
+        x = leaf(64)
+        out = region(fn, x)
+        out.sum().backward()
+        return out, x.grad
+
+    exact(program, context_fn=contexts(saves(aten.rand_like.default)), early_stop=False)
+
+
+def test_registered_generators_follow_kept_operators_too() -> None:
+    def program(region: Region) -> Any:
+        router = torch.Generator().manual_seed(3)
+
+        def fn(x: torch.Tensor) -> torch.Tensor:
+            a = torch.bernoulli(torch.full((64,), 0.5), generator=router)
+            b = torch.bernoulli(torch.full((64,), 0.5), generator=router)
+            return (x * a).sin() * b * x
+
+        x = leaf(64)
+        with dc.rng.register("router", router):
+            out = region(fn, x)
+            out.sum().backward()
+        return out, x.grad, torch.rand(2, generator=router)
+
+    first = iter([True])
+    exact(
+        program,
+        context_fn=contexts(lambda ctx, op, *a, **k: op is aten.bernoulli.default and next(first, False)),
+    )
+
+
+def test_selective_regions_under_autocast_are_exact() -> None:
+    """Cached weight casts make the operator count of forward and replay differ (pytorch#193338)."""
+
+    def program(region: Region) -> Any:
+        torch.manual_seed(1)
+        layer = torch.nn.Linear(4, 4)
+        x = leaf(2, 4)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = layer(x)
+            out = region(lambda t: layer(layer(t).sin()), y).float()
+        out.sum().backward()
+        return out, x.grad, layer.weight.grad
+
+    exact(program, context_fn=contexts(saves(*MATMULS)))
+
+
+def test_changing_a_kept_output_in_place_is_refused_unless_allowed() -> None:
+    def fn(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        y = x @ w
+        y.mul_(2.0)
+        return y.sin().exp()
+
+    x, w = leaf(4, 4), leaf(4, 4, seed=2)
+    out = dc.checkpoint(fn, x, w, context_fn=contexts(MATMULS))
+    with pytest.raises(SavedOutputChanged) as caught:
+        out.sum().backward()
+    assert caught.value.code == "DC121"
+
+
+def test_keeping_an_output_that_a_composite_operator_changes_is_refused() -> None:
+    """Dropout on the CPU is an in-place Bernoulli draw, divided in place."""
+    out = dc.checkpoint(F.dropout, leaf(64), context_fn=contexts(lambda ctx, op, *a, **k: Policy.MUST_SAVE))
+    with pytest.raises(SavedOutputChanged):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("verb", ["MUST_CPU_OFFLOAD", "PREFER_CPU_OFFLOAD"])
+def test_an_offload_policy_is_refused_and_not_silently_recomputed(verb: str) -> None:
+    if not hasattr(Policy, verb):
+        pytest.skip("this torch has no such policy")
+    with pytest.raises(OffloadRefused) as caught:
+        dc.checkpoint(
+            work, leaf(4, 4), leaf(4, 4), context_fn=contexts(lambda ctx, op, *a, **k: getattr(Policy, verb))
+        )
+    assert caught.value.code == "DC122"
+
+
+def test_a_replay_that_runs_an_unknown_operator_is_refused() -> None:
+    def fn(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        y = x @ w
+        return (y.cos() if dc.is_recomputing() else y.sin()).exp()
+
+    out = dc.checkpoint(fn, leaf(4, 4), leaf(4, 4), context_fn=contexts(MATMULS))
+    with pytest.raises(dc.CheckpointError) as caught:
+        out.sum().backward()
+    assert caught.value.code in ("DC101", "DC102", "DC120")
+
+
+@pytest.mark.parametrize("wrong", [[aten.mm], ["aten.mm"], [torch.mm]], ids=str)
+def test_a_list_with_something_else_than_operators_is_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="OpOverload"):
+        dc.create_selective_checkpoint_contexts(wrong)
+
+
+def test_what_is_neither_a_function_nor_a_list_is_refused() -> None:
+    with pytest.raises(TypeError):
+        dc.create_selective_checkpoint_contexts({aten.mm.default})  # type: ignore[arg-type]
+
+
+def test_the_policy_is_asked_once_per_operator_and_sees_its_output() -> None:
+    asked: list[tuple[Any, bool, bool]] = []
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append((op, ctx.is_recompute, isinstance(ctx.op_output, torch.Tensor)))
+        return Policy.PREFER_RECOMPUTE
+
+    x = leaf(4)
+    dc.checkpoint(lambda t: t.sin().exp(), x, context_fn=contexts(policy)).sum().backward()
+    assert asked == [(aten.sin.default, False, True), (aten.exp.default, False, True)]
+
+
+def test_kept_outputs_are_freed_with_the_graph() -> None:
+    import gc
+    import weakref
+
+    kept: list[weakref.ref[Any]] = []
+
+    def fn(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        y = x @ w
+        kept.append(weakref.ref(y.untyped_storage()))
+        return y.sin().exp()
+
+    gc.collect()
+    gc.disable()
+    try:
+        x, w = leaf(4, 4), leaf(4, 4, seed=2)
+        out = dc.checkpoint(fn, x, w, context_fn=contexts(MATMULS)).sum()
+        out.backward()
+        del out
+        gc.collect()
+        assert all(ref() is None for ref in kept)
+    finally:
+        gc.enable()
+
+
+def test_users_saved_tensor_hooks_see_what_a_selective_region_keeps() -> None:
+    seen: list[torch.Size] = []
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        seen.append(t.shape)
+        return t
+
+    x, w = leaf(4, 4), leaf(4, 6, seed=2)
+    for respects, expected in ((None, 1), (True, 1), (False, 0)):
+        seen.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = dc.checkpoint(
+                lambda a, b: (a @ b).sin().exp(),
+                x,
+                w,
+                context_fn=contexts(MATMULS),
+                respect_saved_tensors_hooks=respects,
+            )
+        assert seen.count(torch.Size([4, 6])) - 1 == expected  # the input w has that shape too
+        out.sum().backward()
