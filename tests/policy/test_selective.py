@@ -61,7 +61,7 @@ def random_policy(seed: int) -> Callable[..., Any]:
 
 
 POLICIES: dict[str, Callable[[], Any]] = {
-    "nothing": lambda: [],
+    "nothing": list,
     "matmuls": lambda: MATMULS,
     "cheap ones": lambda: [aten.sin.default, aten.relu.default],
     "random ones": lambda: saves(aten.native_dropout.default),
