@@ -11,6 +11,8 @@ from typing import Any
 import torch.utils.checkpoint as torchs
 
 from distckpt import compat
+from distckpt._torch import is_aot_tracing, noop_context_fn
+from distckpt.compat.checkpoint import _checkpoint_without_reentrant_generator
 
 # Read by name at each use, by Dynamo's identity test and torch's own operator among others: the compile stack
 # follows torch.utils.checkpoint by itself, and what it bound at import (enum members, mode classes that its dispatch
@@ -26,7 +28,10 @@ _LEFT_ALONE = (
 
 # Not in __all__, but imported by others, torch's composable API among them. Torch's own `checkpoint` looks the first
 # one up by name, so it opens our regions even where somebody kept hold of it.
-_PRIVATE = ("_checkpoint_without_reentrant_generator", "_infer_device_type", "_get_autocast_kwargs")
+_GENERATOR = "_checkpoint_without_reentrant_generator"
+_PRIVATE = (_GENERATOR, "_infer_device_type", "_get_autocast_kwargs")
+
+_torchs_generator = getattr(torchs, _GENERATOR)
 
 _Binding = tuple[dict[str, Any], str, Any, Any]  # namespace, name, torch's object, ours
 
@@ -106,7 +111,18 @@ def _replaceable(theirs: Any, ours: Any) -> bool:
     )
 
 
+def _generator(
+    fn: Any, preserve_rng_state: bool, context_fn: Any, *args: Any, **kwargs: Any
+) -> Iterator[None]:
+    """Ours, except for torch's own ``checkpoint`` on its way through AOTAutograd, which is traced as it is."""
+    theirs = context_fn is not noop_context_fn and is_aot_tracing()
+    make = _torchs_generator if theirs else _checkpoint_without_reentrant_generator
+    return make(fn, preserve_rng_state, context_fn, *args, **kwargs)
+
+
 def _ours(name: str) -> Any:
+    if name == _GENERATOR:
+        return _generator
     found = getattr(compat, name, None)
     if found is None or isinstance(found, ModuleType):
         found = getattr(sys.modules["distckpt.compat.checkpoint"], name, None)
