@@ -7,7 +7,9 @@ Supported: torch 2.9 to 2.15. A name that a version lacks is either replaced her
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -102,7 +104,25 @@ def tls_get(key: str) -> Any:
 
 def tls_set(key: str, value: Any) -> None:
     """Store ``value`` in the thread state that autograd copies to its device threads."""
+    if _tls_steals_a_reference():
+        _take_reference(value)
     torch._C._stash_obj_in_tls(key, value)
+
+
+def _take_reference(value: Any) -> None:
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+
+
+@functools.cache
+def _tls_steals_a_reference() -> bool:
+    """Torch 2.9 releases on replacement a reference that it never took; later versions take it."""
+    probe = object()
+    before = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls("distckpt.probe", probe)
+    steals = sys.getrefcount(probe) == before
+    if steals:
+        _take_reference(probe)
+    return steals
 
 
 def skip_frame(function: Callable[..., Any]) -> None:

@@ -60,6 +60,8 @@ class CheckpointFunction(Function):
         ctx.rest = [None if hole else a for a, hole in zip(args, ctx.holes, strict=True)]
         # The region supplies stash, ambient state and buffers; it owns no tensors and records no slots here.
         ctx.region, out = _forward(run_function, args, options)
+        # Tied here and not in the replay: its inputs are this node's own, and the gradients are at hand.
+        ctx.tie, ctx.region.tie = ctx.region.tie, None
         return out
 
     @staticmethod
@@ -72,6 +74,9 @@ class CheckpointFunction(Function):
             )
         saved = iter(ctx.saved_tensors)
         inputs = [next(saved) if hole else rest for hole, rest in zip(ctx.holes, ctx.rest, strict=True)]
+        if ctx.tie is not None:
+            ctx.tie.grads.extend(g for g in grads if g is not None)
+            _, inputs, _ = ctx.tie.bind(None, inputs, {})
         detached = detach_variable(tuple(inputs))
         outputs = _recompute(ctx.region, detached)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -97,7 +102,10 @@ def _forward(fn: Any, args: tuple[Any, ...], options: Options) -> tuple[Region, 
 
         abort_region(region, BaseException())
         raise
-    tie, region.tie = region.tie, None  # a reentrant backward already depends on the incoming gradients
+    tie, region.tie = (
+        region.tie,
+        None,
+    )  # the node has its gradients as arguments and needs no hooks on the outputs
     close_region(region, out)
     region.tie = tie
     return region, out

@@ -15,13 +15,6 @@ Step = Callable[..., Compiled]
 
 LAYERS, PRODUCTS = 8, 48  # two matrix products per block forward, four backward
 
-REENTRANT = pytest.param(
-    "reentrant",
-    marks=pytest.mark.xfail(
-        reason="the engine does not tie the reentrant form to its incoming gradients yet"
-    ),
-)
-
 
 @pytest.fixture
 def step(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Step:
@@ -32,7 +25,7 @@ def step(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     return lambda variant, *options: probe_once(folder, SCRIPT, [variant, *options])
 
 
-@pytest.mark.parametrize("form", ["nonreentrant", REENTRANT])
+@pytest.mark.parametrize("form", ["nonreentrant", "reentrant"])
 def test_each_block_recomputes_one_product_behind_one_barrier(step: Step, form: str) -> None:
     plain, saved = step("none"), step(form)
     assert plain.ops["dot"] == PRODUCTS
@@ -43,7 +36,7 @@ def test_each_block_recomputes_one_product_behind_one_barrier(step: Step, form: 
     assert saved.ops["opt-barrier"] == LAYERS
 
 
-@pytest.mark.parametrize("form", ["nonreentrant", REENTRANT])
+@pytest.mark.parametrize("form", ["nonreentrant", "reentrant"])
 def test_temporaries_shrink_at_least_fourfold(step: Step, form: str) -> None:
     assert step("none").temp_bytes >= 4 * step(form).temp_bytes
 
