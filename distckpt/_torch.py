@@ -172,7 +172,7 @@ def torch_operator(
 
 def is_proxy_tracing() -> bool:
     """Whether AOTAutograd or export is tracing on this thread."""
-    if torch.compiler._is_non_strict_tracing():
+    if getattr(torch.compiler, "_is_non_strict_tracing", lambda: False)():
         return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
@@ -323,4 +323,8 @@ def has_ordered_effect(op: Any) -> bool:
         from torch._higher_order_ops.effects import has_effects
     except ImportError:
         return False
-    return has_effects(op) and getattr(op, "namespace", "") != "c10d"
+    try:
+        found = has_effects(op)
+    except TypeError:  # up to 2.9 it asks for the arguments too
+        found = has_effects(op, (), {})
+    return found and getattr(op, "namespace", "") != "c10d"

@@ -268,6 +268,8 @@ def close_region(r: Region, out: Any) -> None:
         r.buffers = r.buffers.changes(describe(r.fn, r.options))
     if r.verifier is not None:
         r.verifier.seal()
+        if r.buffers is not None:
+            r.verifier.forget({id(e.tensor) for e in r.buffers.entries})
     if r.tie is not None:
         r.tie.attach(out)
 

@@ -45,9 +45,11 @@ class Verifier:
         self.level = level  # or a function of the user's, whose results are compared
         self._waiting: deque[torch.Tensor] = deque()
         self._prints: list[Any] = []
+        self._ids: list[int] = []
 
     def saw(self, x: torch.Tensor) -> None:
         """A tensor was saved in the forward."""
+        self._ids.append(id(x))
         self._waiting.append(x.detach())
         if len(self._waiting) > _DELAY:
             self._prints.append(self._print(self._waiting.popleft()))
@@ -56,6 +58,10 @@ class Verifier:
         """The forward has ended: every saved value is final."""
         while self._waiting:
             self._prints.append(self._print(self._waiting.popleft()))
+
+    def forget(self, ids: set[int]) -> None:
+        """Do not check these objects: buffers that the forward changed have no one value that was saved."""
+        self._prints = [None if i in ids else p for i, p in zip(self._ids, self._prints, strict=True)]
 
     def _print(self, x: torch.Tensor) -> Any:
         if x.layout is not torch.strided or x.is_meta:
