@@ -18,13 +18,20 @@ from .judge import judge
 class Tally:
     """What a sweep saw: verdicts by kind, the reasons behind them, and the features covered."""
 
+    counting: bool = True
     verdicts: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     features: Counter[str] = field(default_factory=Counter)
 
     def add(self, program: p.Program, engine: Engine) -> None:
-        """Judge one program and count it; a disagreement is raised and not counted."""
-        verdict = judge(program, engine)
+        """Judge one program and count it; from the first disagreement on nothing is counted."""
+        try:
+            verdict = judge(program, engine)
+        except Exception:
+            self.counting = False
+            raise
+        if not self.counting:
+            return  # hypothesis is shrinking
         self.verdicts[verdict.kind] += 1
         if verdict.why:
             self.reasons[f"{verdict.kind}: {verdict.why}"] += 1
@@ -34,6 +41,7 @@ class Tally:
 
 def sweep(engine: Engine, count: int, start: int, tally: Tally) -> None:
     """Judge ``count`` programs drawn from the seed ``start``; the first disagreement is shrunk and raised."""
+    tally.counting = True
 
     @settings(
         max_examples=count,

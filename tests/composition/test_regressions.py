@@ -85,3 +85,20 @@ def test_a_kept_batch_norm_result_passes_the_value_checks() -> None:
     x = torch.randn(8, 4)
     got = gradient(lambda x: norm(x).sin(), x, context_fn=keep, determinism_check="bitwise", **ALWAYS)
     assert torch.equal(got, gradient(lambda x: nn.BatchNorm1d(4)(x).sin(), x))
+
+
+def test_a_kept_view_that_is_written_through_is_exact_or_refused() -> None:
+    weight = torch.randn(4, 4)
+
+    def write(x: torch.Tensor) -> torch.Tensor:
+        out = x * 1.0
+        out[0].copy_(out.detach()[1].clone())
+        return (out @ weight).sin()
+
+    keep = partial(dc.create_selective_checkpoint_contexts, [torch.ops.aten.select.int])
+    x = torch.randn(4, 4)
+    try:
+        got = gradient(write, x, context_fn=keep, **ALWAYS)
+    except dc.CheckpointError:
+        return
+    assert torch.equal(got, gradient(write, x))
