@@ -243,7 +243,7 @@ def test_a_replay_that_runs_an_unknown_operator_is_refused() -> None:
     assert caught.value.code in ("DC101", "DC102", "DC120")
 
 
-@pytest.mark.parametrize("wrong", [[aten.mm], ["aten.mm"], [torch.mm]], ids=str)
+@pytest.mark.parametrize("wrong", [[aten.mm], ["aten.mm"], [torch.mm]])
 def test_a_list_with_something_else_than_operators_is_refused(wrong: Any) -> None:
     with pytest.raises(ValueError, match="OpOverload"):
         dc.create_selective_checkpoint_contexts(wrong)
