@@ -30,6 +30,10 @@ class _Keep(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(inputs[1])
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return tangents[0]  # nobody asks for it, but forward-mode AD insists that it exists
+
 
 class _NodeSaved:
     """A saved tensor for torch 2.9, which has the class but no way to make one: version checked, through the

@@ -49,10 +49,12 @@ def settle(region: Region, slot: Slot, doubtful: Doubtful) -> Any:
         region.early_stop = False
         settling, here.settling = here.settling, True
         try:
-            replay(region)
+            value = None
+            while value is None:  # another thread may take it first
+                replay(region)
+                value = slot.value
         finally:
             here.settling = settling
-        value = slot.value
         if region.session is None:
             slot.value = None
     return value

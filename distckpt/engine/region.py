@@ -104,9 +104,10 @@ class Region:
 
     def _replay_for(self, slot: Slot) -> Any:
         with self.lock:
-            if slot.value is None:  # another device thread may have replayed while this one waited
+            value = slot.value  # another device thread may have replayed while this one waited
+            while value is None:  # or have taken the value right after this one replayed
                 self.replay()
-            value = slot.value
+                value = slot.value
             if self.session is None:
                 slot.value = None
                 if graph_task_id() == -1 and not isinstance(self.backward, sessions.Session):

@@ -68,8 +68,12 @@ def test_a_function_with_an_options_name_is_fine_while_nobody_passes_it() -> Non
 
 
 def test_no_signature_is_taken_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = inspect.signature
+
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("a signature was taken")
+        caller = sys._getframe(1).f_globals["__name__"]
+        assert not caller.startswith("distckpt"), f"{caller} took a signature"
+        return real(*args, **kwargs)  # torch 2.9 does, for every autograd.Function
 
     monkeypatch.setattr(inspect, "signature", refuse)
     dc.checkpoint(work, leaf(3), early_stop=False).sum().backward()
@@ -144,7 +148,7 @@ def test_the_classmethod_form_is_bound_to_its_class() -> None:
         {"use_reentrant": True, "determinism_check": "bitwise"},
         {"use_reentrant": True, "context_fn": lambda: None},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options),  # no addresses: the workers must agree on the names
 )
 def test_an_option_that_cannot_be_honoured_is_refused_at_the_call_and_at_the_decorator(options: Any) -> None:
     for use in (lambda: dc.checkpoint(work, leaf(3), **options), lambda: dc.checkpoint(**options)):

@@ -181,12 +181,17 @@ def test_vmap_over_a_region_equals_a_loop() -> None:
     assert torch.allclose(out, torch.stack([fn(row) for row in x]))
 
 
-def test_a_backward_outside_the_vmap_that_a_region_ran_in_is_refused() -> None:
-    """The region's inputs are tensors of that vmap; torch's engine refuses it as well."""
+def test_a_backward_outside_the_vmap_that_a_region_ran_in_is_exact_or_refused() -> None:
+    """The region's inputs are tensors of that vmap; torch's engine refuses it, as ours does after torch 2.9."""
     x = leaf(5, 3)
     out = torch.vmap(lambda row: dc.checkpoint(lambda t: t.sin().exp(), row))(x)
-    with pytest.raises(RuntimeError, match="vmap"):
+    try:
         out.sum().backward()
+    except RuntimeError as error:
+        text = str(error)
+        assert "vmap" in text, text  # noqa: PT017
+    else:
+        assert torch.equal(x.grad, torch.autograd.grad(x.sin().exp().sum(), x)[0])
 
 
 def test_vmap_inside_a_region_is_exact() -> None:

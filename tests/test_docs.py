@@ -1,0 +1,67 @@
+"""The documents say what the code has: every error code has its section, every rule names tests that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [p for top in ("distckpt", "backends", "launch") for p in sorted((ROOT / top).rglob("*.py"))]
+BASE = "DC000"
+
+
+def codes_in_source() -> dict[str, str]:
+    """Code to class name, for every error class."""
+    found: dict[str, str] = {}
+    pattern = re.compile(r'^class (\w+)\((?:(?!^class ).)*?^    code(?:: str)? = "(DC\d+)"', re.M | re.S)
+    for path in SOURCES:
+        for name, code in pattern.findall(path.read_text()):
+            assert code not in found, f"{code} is used twice: {found.get(code)} and {name}"
+            found[code] = name
+    return found
+
+
+def sections() -> dict[str, str]:
+    """Code to the text of its section."""
+    text = (ROOT / "docs" / "errors.md").read_text()
+    parts = re.split(r"^## (DC\d+)$", text, flags=re.M)[1:]
+    assert len(parts[::2]) == len(set(parts[::2]))
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_every_code_has_its_section_and_every_section_its_code() -> None:
+    assert set(codes_in_source()) - {BASE} == set(sections())
+
+
+def test_no_code_in_the_source_is_without_a_class() -> None:
+    known = set(codes_in_source())
+    for path in SOURCES:
+        assert set(re.findall(r"DC\d{3}\b", path.read_text())) <= known, path
+
+
+@pytest.mark.parametrize("code", sorted(sections()))
+def test_a_section_says_what_why_and_how_to_fix_it_and_names_its_class(code: str) -> None:
+    text = sections()[code]
+    assert all(part in text for part in ("**What.**", "**Why.**", "**Fix.**"))
+    assert f"`{codes_in_source()[code]}`" in text or f"`{codes_in_source()[code]}," in text
+
+
+def test_every_test_that_a_rule_names_exists() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "semantics.md").read_text()))
+    assert len(named) > 30
+    defined = {
+        name
+        for path in [*(ROOT / "tests").rglob("test_*.py"), *(ROOT / "tests").rglob("pair_*.py")]
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    }
+    assert named - defined == set()
+
+
+def test_every_rule_names_a_test() -> None:
+    rules = re.split(r"^\*\*(\d+)\. ", (ROOT / "docs" / "semantics.md").read_text(), flags=re.M)[1:]
+    numbers, texts = rules[::2], rules[1::2]
+    assert [int(n) for n in numbers] == list(range(1, len(numbers) + 1))
+    for number, text in zip(numbers, texts, strict=True):
+        assert "`test_" in text, f"rule {number} names no test"
