@@ -50,6 +50,7 @@ def sweep(engine: Engine, count: int, start: int, tally: Tally) -> None:
         phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
         print_blob=False,
+        report_multiple_bugs=False,
     )
     @seed(start)
     @given(programs())

@@ -88,12 +88,10 @@ def test_a_kept_batch_norm_result_passes_the_value_checks() -> None:
 
 
 def test_a_kept_view_that_is_written_through_is_exact_or_refused() -> None:
-    weight = torch.randn(4, 4)
-
     def write(x: torch.Tensor) -> torch.Tensor:
         out = x * 1.0
         out[0].copy_(out.detach()[1].clone())
-        return (out @ weight).sin()
+        return (out @ out).sin()
 
     keep = partial(dc.create_selective_checkpoint_contexts, [torch.ops.aten.select.int])
     x = torch.randn(4, 4)
@@ -102,3 +100,38 @@ def test_a_kept_view_that_is_written_through_is_exact_or_refused() -> None:
     except dc.CheckpointError:
         return
     assert torch.equal(got, gradient(write, x))
+
+
+def test_a_kept_view_under_copying_hooks_survives_a_second_backward() -> None:
+    keep = partial(dc.create_selective_checkpoint_contexts, [torch.ops.aten.t.default])
+    x, weight = torch.randn(4, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        out = dc.checkpoint(lambda x: F.linear(x * 2.0, weight), x, context_fn=keep, **ALWAYS).sum()
+    (first,) = torch.autograd.grad(out, weight, retain_graph=True)
+    (second,) = torch.autograd.grad(out, weight)
+    assert torch.equal(first, second)
+
+
+def test_value_checks_know_buffers_that_change_before_a_gradient_taken_inside() -> None:
+    def run(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        out = norm(x)
+        (inner,) = torch.autograd.grad(norm(out).sum(), out)
+        return inner.sin() + out
+
+    x = torch.randn(8, 4)
+    norm, plain = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+    got = gradient(lambda x: run(x, norm), x, determinism_check="fingerprint", **ALWAYS)
+    assert torch.equal(got, gradient(lambda x: run(x, plain), x))
+
+
+def test_a_gradient_taken_in_nested_selective_regions_is_exact() -> None:
+    weight = torch.randn(4, 4)
+
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        (found,) = torch.autograd.grad((x @ weight).sin().sum(), x, create_graph=True)
+        return found
+
+    options = {"context_fn": KEEP_MM, **ALWAYS}
+    x = torch.randn(4, 4)
+    got = gradient(lambda x: dc.checkpoint(inner, x * 1.0, **options), x, **options)
+    assert torch.equal(got, gradient(lambda x: inner(x * 1.0), x))
