@@ -135,7 +135,7 @@ def skip_frame(function: Callable[..., Any]) -> None:
     Without this a graph break at the call makes Dynamo trace the frame again as a root, where it
     would see ``is_dynamo_compiling()`` and hand an eager call to torch's engine.
     """
-    frames: Any = torch._C._dynamo.eval_frame
+    frames: Any = torch._C._dynamo.eval_frame  # type: ignore[attr-defined]
     skip, default = frames._FrameAction.SKIP, frames._FrameAction.DEFAULT
     frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, default))  # type: ignore[attr-defined]
 
@@ -323,6 +323,7 @@ def compiled_region_key(func: Any, args: tuple[Any, ...]) -> Any:
 
 def has_ordered_effect(op: Any) -> bool:
     """Whether an operator has an ordered side effect, so that running it twice is not harmless (c10d excepted)."""
+    has_effects: Any
     try:
         from torch._higher_order_ops.effects import has_effects
     except ImportError:

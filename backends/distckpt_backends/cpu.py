@@ -74,7 +74,8 @@ class CpuBackend(Backend):
         # anything
         try:
             if state.numel() == _SIZE:
-                return _set_state(state)
+                _set_state(state)
+                return
         except (RuntimeError, TypeError, AttributeError) as error:
             raise foreign("cpu", f"{_SIZE} bytes of a valid state in a uint8 CPU tensor", state) from error
         raise foreign("cpu", f"{_SIZE} bytes in a uint8 CPU tensor", state)
