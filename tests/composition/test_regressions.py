@@ -135,3 +135,15 @@ def test_a_gradient_taken_in_nested_selective_regions_is_exact() -> None:
     x = torch.randn(4, 4)
     got = gradient(lambda x: dc.checkpoint(inner, x * 1.0, **options), x, **options)
     assert torch.equal(got, gradient(lambda x: inner(x * 1.0), x))
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_a_replay_during_the_record_goes_no_further_than_the_record(early_stop: bool) -> None:
+    def change(x: torch.Tensor) -> torch.Tensor:
+        (inner,) = torch.autograd.grad(x.tanh().exp().sum(), x)
+        x.mul_(0.5)
+        return inner + x.detach()
+
+    start = torch.randn(4, 4, requires_grad=True)
+    expected = change(start.sin())
+    assert torch.equal(dc.checkpoint(change, start.sin(), early_stop=early_stop), expected)
