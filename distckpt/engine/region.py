@@ -186,8 +186,13 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
     r.outer = here.frame
     if options.context_fn is not None or options.debug or _debug() is not None:
         _enter_forward_context(r)
+    try:
+        push_saved_tensors_hooks(_packer(r), r.unpack if strict else r.unpack_as_torch)
+    except BaseException:  # under torch.func there are no hooks
+        if r.replay_context is not None:
+            _leave_forward_context(r, None)
+        raise
     here.frame = r
-    push_saved_tensors_hooks(_packer(r), r.unpack if strict else r.unpack_as_torch)
     return r
 
 

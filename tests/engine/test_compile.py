@@ -225,6 +225,20 @@ def test_reverse_transforms_of_torch_func_are_refused(transform: Any) -> None:
     assert torch.equal(x.grad, torch.autograd.grad(x.sin().exp().sum(), x)[0])
 
 
+def test_a_refused_region_leaves_nothing_open() -> None:
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    from distckpt.engine.state import here
+
+    for options in OPTIONS.values():
+        with pytest.raises(RuntimeError):
+            torch.func.grad(lambda t, o=options: dc.checkpoint(lambda u: u.sin().sum(), t, **o))(
+                torch.ones(3)
+            )
+        assert here.frame is None
+        assert _get_current_dispatch_mode_stack() == []
+
+
 def test_reverse_transforms_of_torch_func_inside_a_region_are_refused() -> None:
     def fn(t: torch.Tensor) -> torch.Tensor:
         return torch.func.grad(lambda u: (u.sin() * u).sum())(t).exp()
