@@ -61,7 +61,12 @@ def _step(step: p.Step, selective: bool, in_selective: bool) -> p.Step:
         case p.InnerGrad() | p.Within():
             return replace(step, body=_body(step.body, selective, in_selective))
         case p.Region() if step.options.selective and selective and not in_selective:
-            return replace(step, body=_body(step.body, selective, in_selective=True))
+            kept = step.options.selective
+            if kept in ("list: draws", "policy: alternate") and p.draws_random(step.body):
+                # a kept draw leaves the generator where it was, and the draws after it differ
+                kept = "list: mm"
+            inner = _body(step.body, selective, in_selective=True)
+            return replace(step, body=inner, options=replace(step.options, selective=kept))
         case p.Region():
             # regions inside a selective region replay under its cache, which was filled without them
             inner = _body(step.body, selective and not in_selective, in_selective)

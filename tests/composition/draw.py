@@ -97,7 +97,7 @@ def regions(draw: st.DrawFn, depth: int, reentrant: bool) -> p.Region:
     # inside a non-reentrant program a reentrant region has no legal reference, so a program is of one mode
     options = draw(_options(reentrant))
     body = draw(_steps(depth, reentrant, 1, 5))
-    if not draws_random(body) and draw(st.booleans()):
+    if not p.draws_random(body) and draw(st.booleans()):
         options = replace(options, preserve_rng=False)
     how = st.just("arg") if reentrant else st.sampled_from(HOW)
     inputs = tuple(draw(st.lists(st.tuples(_index, how), min_size=1, max_size=3)))
@@ -106,14 +106,6 @@ def regions(draw: st.DrawFn, depth: int, reentrant: bool) -> p.Region:
         st.sampled_from(("function", "module") if reentrant else ("function", "module", "decorator", "apply"))
     )
     return p.Region(body, inputs, output, form, options)
-
-
-def draws_random(body: tuple[p.Step, ...]) -> bool:
-    """Say whether a body draws random numbers anywhere."""
-    return any(
-        isinstance(step, p.Draw) or (isinstance(step, p.InPlace) and step.op == "dropout_")
-        for step, _ in p.walk(body)
-    )
 
 
 @st.composite

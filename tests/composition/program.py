@@ -174,6 +174,14 @@ def walk(
             yield from walk(step.body, regions)
 
 
+def draws_random(body: tuple[Step, ...]) -> bool:
+    """Say whether a body draws random numbers anywhere."""
+    return any(
+        isinstance(step, Draw) or (isinstance(step, InPlace) and step.op == "dropout_")
+        for step, _ in walk(body)
+    )
+
+
 def features(program: Program) -> set[str]:
     """Name what a program exercises; a word with ``in region`` counts only inside one."""
     found = {f"finish: {program.finish}"}
