@@ -141,6 +141,33 @@ def give_back(value: Any, where: str) -> Any:
     return value
 
 
+def marks(value: Any) -> list[tuple[int, int]]:
+    """Memory and version of every tensor in ``value``, for :func:`check_marks`."""
+    return [(_address(t), t._version) for t in tensors(value)]
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.data_ptr() if type(tensor) in (torch.Tensor, torch.nn.Parameter) else 0
+
+
+def check_marks(then: list[tuple[int, int]], value: Any) -> None:
+    """Refuse inputs that are the same memory as at record, changed in place since.
+
+    A user's ``saved_tensors_hooks`` may hand a saved tensor through as it is, and autograd does not compare
+    versions then. A copy that a hook made has memory of its own, and is what the hook wants it to be.
+
+    Raises:
+        InputChanged: an input was changed.
+    """
+    for i, ((address, version), now) in enumerate(zip(then, tensors(value), strict=False)):
+        if address and address == _address(now) and now._version > version:
+            raise InputChanged(
+                f"tensor {i} of the inputs of a region was changed in place between forward and replay",
+                why=f"it is at version {now._version}; the region was recorded with version {version}",
+                fix="pass a clone, or make the change after backward",
+            )
+
+
 def tensors(value: Any) -> Iterator[torch.Tensor]:
     """Every tensor in ``value``, in call order."""
     if isinstance(value, torch.Tensor):

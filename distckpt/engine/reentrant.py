@@ -15,6 +15,7 @@ from torch.autograd import Function
 
 from distckpt._torch import call_without_dynamo, dynamo_callback, reentrant_backward_allowed
 from distckpt.engine.errors import BadOption
+from distckpt.engine.inputs import tensors
 from distckpt.engine.options import Options
 from distckpt.engine.region import Region, close_region, open_region
 from distckpt.engine.replay import replay
@@ -136,11 +137,18 @@ def reentrant(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: O
     """``fn(*args)`` as a reentrant region.
 
     Raises:
-        BadOption: keyword arguments, which its node cannot take.
+        BadOption: keyword arguments, or tensors inside containers, which its node cannot take.
     """
     if kwargs:
         raise BadOption(
             f"a reentrant region takes positional arguments only, not {', '.join(kwargs)}",
+            fix="leave use_reentrant at its default, False",
+        )
+    hidden = [fn, *(a for a in args if not isinstance(a, torch.Tensor))]
+    if any(True for _ in tensors(hidden)):
+        raise BadOption(
+            "a reentrant region takes tensors as arguments of their own, not in containers or partials",
+            why="its node gives gradients to, and checks, only those",
             fix="leave use_reentrant at its default, False",
         )
     if dynamo_callback() is not None:

@@ -24,8 +24,9 @@ from distckpt._torch import (
     pop_saved_tensors_hooks,
     push_saved_tensors_hooks,
     queue_callback,
+    top_saved_tensors_hooks,
 )
-from distckpt.engine import ambient, buffers, rng, sessions, streams, switches
+from distckpt.engine import ambient, buffers, inputs, rng, sessions, streams, switches
 from distckpt.engine.barrier import Tie
 from distckpt.engine.devices import choose, current_rule, device_types, stashed_backends
 from distckpt.engine.doubt import Doubtful, settle
@@ -34,6 +35,7 @@ from distckpt.engine.events import counters
 from distckpt.engine.inputs import own, tensors
 from distckpt.engine.mismatch import mutated
 from distckpt.engine.options import Options
+from distckpt.engine.replay import is_engine_hook, replay
 from distckpt.engine.slot import Slot
 from distckpt.engine.state import here
 from distckpt.engine.verify import Verifier
@@ -70,6 +72,7 @@ class Region:
     log: Any = None
     verifier: Verifier | None = None
     tie: Tie | None = None
+    marks: Any = None  # under the user's hooks: what the inputs were, since autograd then checks no versions
 
     @opaque_to_dynamo
     def unpack(self, slot: Slot) -> Any:
@@ -116,8 +119,6 @@ class Region:
 
     def replay(self) -> None:
         """Fill every living slot. Called under ``lock``."""
-        from distckpt.engine.replay import replay  # the two files are halves of one object
-
         task = graph_task_id()
         current = sessions.current() if sessions.any_open() else None
         if current is not None:
@@ -158,6 +159,9 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
     early = _early_stop()
     r.early_stop = options.early_stop if early is None else early
     strict = options.strict
+    hooks = top_saved_tensors_hooks()
+    if hooks is not None and not is_engine_hook(hooks):
+        r.marks = inputs.marks((fn, args, kwargs) if strict else args)
     if strict:
         r.fn = own(fn) if type(fn) is partial else fn
         r.args = [make_saved_tensor(a, False) if isinstance(a, _Tensor) else own(a) for a in args]
@@ -273,9 +277,7 @@ def close_region(r: Region, out: Any) -> None:
     if r.buffers is not None:
         r.buffers = r.buffers.changes(describe(r.fn, r.options))
     if r.verifier is not None:
-        r.verifier.seal()
-        if r.buffers is not None:
-            r.verifier.forget({id(e.tensor) for e in r.buffers.entries})
+        r.verifier.seal(r.buffers)
     if r.tie is not None:
         r.tie.attach(out)
 

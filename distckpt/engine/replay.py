@@ -34,7 +34,7 @@ from distckpt.engine import ambient, rng
 from distckpt.engine.doubt import doubt
 from distckpt.engine.errors import ReplayError
 from distckpt.engine.events import counters
-from distckpt.engine.inputs import Packed, give_back
+from distckpt.engine.inputs import Packed, check_marks, give_back
 from distckpt.engine.mismatch import Mismatch
 from distckpt.engine.state import Frame, here
 
@@ -93,6 +93,8 @@ def replay(r: Region, run: Any = None) -> None:
         args = [give_back(a, f"args[{i}]") if type(a) is Packed else a for i, a in enumerate(args)]
     kwargs = {} if r.kwargs is None else give_back(r.kwargs, "kwargs")
     fn = give_back(r.fn, "function")
+    if r.marks is not None:
+        check_marks(r.marks, (fn, args, kwargs) if r.options.strict else args)
     counters.replays += 1
     if r.tie is not None:
         fn, args, kwargs = r.tie.bind(fn, args, kwargs)
@@ -132,13 +134,14 @@ def _run(
     mismatch: Mismatch,
 ) -> None:
     refs, closed = r.refs, r.closed
-    early = r.early_stop and r.verifier is None  # a value check wants every operator finished
+    # An unfinished record (a gradient is taken inside it) is never replayed past where it stands: what comes next would
+    # happen twice. A value check wants every operator finished.
+    early = not closed or (r.early_stop and r.verifier is None)
     wanted = _last_living(refs) if early and r.options.strict else len(refs)
     last = refs[-1] if early and refs else None
     beyond_wanted = refs[wanted] if wanted < len(refs) else None
     stopped = False
     rest: Any = iter(refs)
-    extra = 0
     check = r.options.determinism_check != "none"
     # Torch detaches every value, and its recompute contexts see that.
     detach = r.replay_context is not None and not r.options.strict
@@ -167,14 +170,10 @@ def _run(
         return saved
 
     def beyond(x: torch.Tensor) -> Any:
-        nonlocal extra
         if stopped:
             raise Stop  # somebody swallowed the first one
-        extra += 1
-        if closed:
-            mismatch.extra(len(refs) + extra - 1)
-            raise Stop
-        return x.detach() if x.requires_grad else x
+        mismatch.extra(len(refs))
+        raise Stop
 
     if dynamo_callback() is not None:
         fn = functools.partial(call_without_dynamo, fn)
@@ -201,4 +200,4 @@ def _run(
     elif not early and closed and draws and r.options.strict and not mismatch:
         mismatch.drew(rng.pending(draws))
     if r.verifier is not None:
-        r.verifier.compare(refs, mismatch)
+        r.verifier.compare(refs, r.buffers, mismatch)

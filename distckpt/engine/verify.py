@@ -54,14 +54,16 @@ class Verifier:
         if len(self._waiting) > _DELAY:
             self._prints.append(self._print(self._waiting.popleft()))
 
-    def seal(self) -> None:
-        """The forward has ended: every saved value is final."""
+    def seal(self, buffers: Any = None) -> None:
+        """The forward has ended, or stands still: what was saved is final.
+
+        Buffers that the forward changed are left out: they have no one value that was saved.
+        """
         while self._waiting:
             self._prints.append(self._print(self._waiting.popleft()))
-
-    def forget(self, ids: set[int]) -> None:
-        """Do not check these objects: buffers that the forward changed have no one value that was saved."""
-        self._prints = [None if i in ids else p for i, p in zip(self._ids, self._prints, strict=True)]
+        if buffers is not None:
+            ids = {id(e.tensor) for e in buffers.entries}
+            self._prints = [None if i in ids else p for i, p in zip(self._ids, self._prints, strict=True)]
 
     def _print(self, x: torch.Tensor) -> Any:
         if x.layout is not torch.strided or x.is_meta:
@@ -71,9 +73,9 @@ class Verifier:
                 return self.level(x)
             return checksum(x) if self.level == "fingerprint" else _bits(x).clone()
 
-    def compare(self, refs: list[Any], mismatch: Any) -> None:
+    def compare(self, refs: list[Any], buffers: Any, mismatch: Any) -> None:
         """Compare the values that a replay put into the living slots; one synchronisation for all of them."""
-        self.seal()
+        self.seal(buffers)
         differs: dict[int, Any] = {}
         with torch.no_grad(), without_dispatch_modes():
             for i, ref in enumerate(refs):

@@ -23,6 +23,7 @@ Note [Autocast]
 from __future__ import annotations
 
 import enum
+import functools
 import warnings
 import weakref
 from collections import defaultdict
@@ -97,6 +98,17 @@ _EXTRA_BACKWARD = (
     "Trying to backward an extra time. You are only allowed to backward once on any region computed under selective "
     "activation checkpoint."
 )
+
+
+@functools.lru_cache(maxsize=4096)
+def _aliases(func: Any) -> bool:
+    """Whether an operator returns, or writes to, memory of its arguments.
+
+    A kept view would be one of the forward's memory and not of the replay's, and a kept in-place result would leave
+    the replay's tensor unwritten. Such operators are cheap, and always run again.
+    """
+    schema = getattr(func, "_schema", None)
+    return schema is not None and (schema.is_mutable or any(r.alias_info is not None for r in schema.returns))
 
 
 class _Kept:
@@ -195,7 +207,7 @@ class CachingMode(_Selective, OriginalCachingMode):
         index = self.func_counter[key]
         self.func_counter[key] += 1
         policy = self._policy(func, out, args, kwargs)
-        if policy in _SAVE:
+        if policy in _SAVE and not (self.strict and _aliases(func)):
             after = [(s, s.get_state()) for s, state in before if s.moved(state)]
             hooks = self._user_hooks()
             kept = tree_map(lambda x: _Kept(x, hooks), out)
