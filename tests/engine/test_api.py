@@ -20,6 +20,7 @@ from distckpt.engine.api import OPTION_NAMES
 from distckpt.engine.errors import BadOption, OptionCollision
 
 from .exact import Region, counted, exact, leaf
+from .test_inputs import PLACES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -228,9 +229,32 @@ def test_the_reentrant_form_is_exact() -> None:
     exact(program, use_reentrant=True)
 
 
-def test_the_reentrant_form_refuses_keywords() -> None:
-    with pytest.raises(BadOption):
-        dc.checkpoint(work, use_reentrant=True, x=leaf(3))
+@pytest.mark.parametrize("place", sorted(set(PLACES) - {"positional"}))
+def test_the_reentrant_form_refuses_tensors_that_its_node_cannot_take(place: str) -> None:
+    fn, args, kwargs = PLACES[place](leaf(3))
+    with pytest.raises(BadOption) as caught:
+        dc.checkpoint(fn, *args, use_reentrant=True, **kwargs)
+    assert "use_reentrant" in str(caught.value)
+
+
+def test_the_reentrant_form_changes_buffers_once_and_replays_registered_generators() -> None:
+    def program(region: Region) -> Any:
+        norm, router = nn.BatchNorm1d(4), torch.Generator().manual_seed(1)
+        x = leaf(8, 4)
+        with dc.rng.register("router", router):
+            out = region(lambda t: norm(t).sin() * torch.rand(8, 4, generator=router), x)
+            out.sum().backward()
+        return x.grad, torch.rand(1, generator=router), *(b.clone() for b in norm.buffers())
+
+    exact(program, use_reentrant=True)
+
+
+def test_the_reentrant_form_refuses_an_input_that_changed_in_place() -> None:
+    y = leaf(3) * 1.0
+    out = dc.checkpoint(work, y, use_reentrant=True)
+    y.detach().zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 def test_a_forward_context_that_swallows_an_exception_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -207,6 +208,15 @@ def test_a_dict_that_the_caller_clears_after_the_call_does_not_change_the_replay
         return out, x.grad
 
     exact(program)
+
+
+def test_a_tensor_in_an_object_that_is_no_container_is_still_version_checked_where_it_is_saved() -> None:
+    for hold in (lambda y: types.SimpleNamespace(x=y), lambda y: types.SimpleNamespace(x=[y])):
+        y = leaf(4) * 1.0
+        out = dc.checkpoint(lambda o: work(o.x[0] if isinstance(o.x, list) else o.x), hold(y))
+        y.detach().zero_()
+        with pytest.raises(dc.CheckpointError):
+            out.sum().backward()
 
 
 def test_the_same_tensor_twice_in_a_call_gets_the_sum_of_both_gradients() -> None:

@@ -275,6 +275,24 @@ def test_views_and_in_place_operators_in_a_region_are_exact() -> None:
     exact(program)
 
 
+@pytest.mark.parametrize("check", ["default", "bitwise"])
+def test_saved_tensor_hooks_inside_a_region_are_exact(check: str) -> None:
+    def program(region: Region) -> Any:
+        x = leaf(8)
+
+        def fn(t: torch.Tensor) -> torch.Tensor:
+            t = t.sin()
+            with torch.autograd.graph.saved_tensors_hooks(lambda s: s.clone(), lambda s: s):
+                t = F.dropout(t, 0.4).exp() * t
+            return t.sin()
+
+        out = region(fn, x)
+        out.sum().backward()
+        return out, x.grad
+
+    exact(program, determinism_check=check)
+
+
 def test_outputs_of_any_shape_come_back_as_they_are() -> None:
     x = leaf(4)
     note = object()
