@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from distckpt._torch import without_dispatch_modes
+from distckpt.engine.doubt import Doubtful
 
 _DELAY = 8  # no operator saves more tensors than this before its kernel runs
 _WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -80,8 +81,9 @@ class Verifier:
         with torch.no_grad(), without_dispatch_modes():
             for i, ref in enumerate(refs):
                 slot = ref()
-                if slot is not None and slot.value is not None and self._prints[i] is not None:
-                    differs[i] = self._print(slot.value) != self._prints[i]
+                value = None if slot is None else slot.value
+                if value is not None and type(value) is not Doubtful and self._prints[i] is not None:
+                    differs[i] = self._print(value) != self._prints[i]
             wrong = [
                 i for i, flag in differs.items() if (flag.any() if isinstance(flag, torch.Tensor) else flag)
             ]
