@@ -132,7 +132,7 @@ def test_entry_points_are_not_read_for_built_in_types(monkeypatch: pytest.Monkey
     monkeypatch.setattr(registry, "entry_points", lambda group: pytest.fail("read"))
     monkeypatch.setattr(registry, "_entries", None)
     # another test of this process may have put a device module into torch, for which packages are asked
-    monkeypatch.setattr(registry._torch, "registered_module_types", lambda: [])
+    monkeypatch.setattr(registry._torch, "registered_module_types", list)
     for kind in registry.BUILTIN:
         assert distckpt_backends.get(kind).device_type == kind
     distckpt_backends.live()
