@@ -136,7 +136,7 @@ def _run(
     refs, closed = r.refs, r.closed
     # An unfinished record (a gradient is taken inside it) is never replayed past where it stands: what comes next would
     # happen twice. A value check wants every operator finished.
-    early = not closed or (r.early_stop and r.verifier is None)
+    early = not here.settling and (not closed or (r.early_stop and r.verifier is None))
     wanted = _last_living(refs) if early and r.options.strict else len(refs)
     last = refs[-1] if early and refs else None
     beyond_wanted = refs[wanted] if wanted < len(refs) else None
@@ -170,10 +170,15 @@ def _run(
         return saved
 
     def beyond(x: torch.Tensor) -> Any:
-        if stopped:
-            raise Stop  # somebody swallowed the first one
+        if stopped or not closed:
+            raise Stop  # somebody swallowed the first one, or an unfinished record is being settled
         mismatch.extra(len(refs))
         raise Stop
+
+    def unpack(saved: Any) -> Any:
+        if rest.__length_hint__() == 0:
+            raise Stop
+        return _from_slot(saved)
 
     if dynamo_callback() is not None:
         fn = functools.partial(call_without_dynamo, fn)
@@ -182,7 +187,7 @@ def _run(
     here.replaying += 1
     grad = torch.is_grad_enabled()
     set_grad_enabled(True)
-    push_saved_tensors_hooks(pack, _from_slot)
+    push_saved_tensors_hooks(pack, unpack if settling else _from_slot)
     try:
         r.context.copy().run(fn, *args, **kwargs)
     except Stop:
@@ -199,5 +204,5 @@ def _run(
         doubt(refs[-2:])
     elif not early and closed and draws and r.options.strict and not mismatch:
         mismatch.drew(rng.pending(draws))
-    if r.verifier is not None:
+    if r.verifier is not None and not stopped:
         r.verifier.compare(refs, r.buffers, mismatch)
