@@ -136,7 +136,8 @@ def _run(
     refs, closed = r.refs, r.closed
     # An unfinished record (a gradient is taken inside it) is never replayed past where it stands: what comes next would
     # happen twice. A value check wants every operator finished.
-    early = not here.settling and (not closed or (r.early_stop and r.verifier is None))
+    settling = here.settling and not closed  # its last operator must finish, and nothing after it may run
+    early = not settling and (not closed or (r.early_stop and r.verifier is None))
     wanted = _last_living(refs) if early and r.options.strict else len(refs)
     last = refs[-1] if early and refs else None
     beyond_wanted = refs[wanted] if wanted < len(refs) else None
