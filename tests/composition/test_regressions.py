@@ -147,3 +147,26 @@ def test_a_replay_during_the_record_goes_no_further_than_the_record(early_stop: 
     start = torch.randn(4, 4, requires_grad=True)
     expected = change(start.sin())
     assert torch.equal(dc.checkpoint(change, start.sin(), early_stop=early_stop), expected)
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_a_gradient_through_rrelu_taken_inside_a_region_is_exact(early_stop: bool) -> None:
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        (found,) = torch.autograd.grad(F.rrelu(x, 0.1, 0.4, training=True).sum(), x)
+        return found + x
+
+    x = torch.randn(4, 4)
+    assert torch.equal(gradient(inner, x, early_stop=early_stop), gradient(inner, x))
+
+
+def test_an_input_changed_by_its_own_region_under_copying_hooks_is_exact_or_refused() -> None:
+    # the replay gets the copy of the hooks, and writes to it
+    x = torch.randn(4, 4, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        out = dc.checkpoint(lambda z: z.tanh_(), x * 2.0, **ALWAYS).sum()
+    try:
+        (first,) = torch.autograd.grad(out, x, retain_graph=True)
+        (second,) = torch.autograd.grad(out, x)
+    except dc.CheckpointError:
+        return
+    assert torch.equal(first, second)
