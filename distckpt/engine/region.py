@@ -91,7 +91,7 @@ class Region:
     def _look_again(self, slot: Slot, value: Any) -> Any:
         if type(value) is Doubtful:
             value = settle(self, slot, value)
-        if value._version != slot.meta[3] and self.options.strict:
+        if value._version != slot.meta[3]:
             raise mutated(self, value, slot.meta)
         return value
 
