@@ -65,6 +65,7 @@ class Region:
     rng_before: Any = None  # the CPU state, until the record ends
     stash: rng.Stash | None = None  # other streams, until the record ends
     draws: list[rng.Draw] | None = None  # after it: what the forward drew
+    idle: list[rng.Draw] | None = None  # and what is where it was: perhaps drawn from, and put back by the function
     pins: list[Any] | None = None
     session: sessions.Session | None = None
     backward: Any = None  # the graph task or session of the last replay
@@ -269,6 +270,8 @@ def close_region(r: Region, out: Any) -> None:
         draw = rng.cpu_draw(before)
         if draw is not None:
             r.draws = [draw]
+        else:
+            r.idle = rng.cpu_idle(before)
         r.rng_before = None
         if r.stash is not None:
             _close_stash(r, r.stash)
@@ -292,10 +295,12 @@ def abort_region(r: Region, error: BaseException) -> None:
 
 
 def _close_stash(r: Region, stash: rng.Stash) -> None:
-    draws, foreign = stash.moved()
+    draws, idle, foreign = stash.moved()
     r.stash = None
     if draws:
         r.draws = [*(r.draws or ()), *draws]
+    if idle:
+        r.idle = [*(r.idle or ()), *idle]
     if foreign:
         _unstashed(r, foreign)
     late = rng.newly_live(stash.types)

@@ -100,6 +100,10 @@ def replay(r: Region, run: Any = None) -> None:
         fn, args, kwargs = r.tie.bind(fn, args, kwargs)
     draws = r.draws if r.closed else rng.so_far(r.rng_before, r.stash)
     held = rng.rewind(draws) if draws else None
+    if r.idle is not None:
+        undone = rng.elsewhere(r.idle)
+        if undone:
+            held = [*(held or ()), *rng.rewind(undone)]
     now = ambient.snapshot()
     mismatch = Mismatch(r, (fn, args, kwargs))
     run = run or _run

@@ -2,8 +2,10 @@
 
 Note [What is stashed]
     The CPU, every live device of the chosen device type (a read is two host integers), and every registered
-    stream. After the forward only what moved is kept: a region that drew nothing keeps nothing, and its
-    replay restores nothing. A device of another type that moved is a draw nobody can replay.
+    stream. A device of another type that moved is a draw nobody can replay. Of a stream that did not move the state is
+    kept as well, shared by all regions since the last draw: the function may have drawn and put the state back
+    (``fork_rng``), and nothing in a generator tells. Its replay writes a generator only when somebody has drawn
+    from it since.
 
 Note [Where the forward ended]
     The state after the forward is kept for what moved: a replay that ran to its end and left a generator somewhere
@@ -76,10 +78,15 @@ class Stash:
         # States of generators nobody will restore: only compared after the forward.
         self.foreign = [(s, s.get_state()) for b in others if b.capabilities.rng for s in _generators(b)]
 
-    def moved(self) -> tuple[list[Draw], list[str]]:
-        """The stashed streams that moved, and the names of the foreign ones that did."""
-        draws = [Draw(s, before, s.get_state()) for s, before in self.own if s.moved(before)]
-        return draws, [s.name for s, before in self.foreign if s.moved(before)]
+    def moved(self) -> tuple[list[Draw], list[Draw], list[str]]:
+        """The stashed streams that moved, those that did not, and the names of the foreign ones that did."""
+        draws, idle = [], []
+        for s, before in self.own:
+            if s.moved(before):
+                draws.append(Draw(s, before, s.get_state()))
+            else:
+                idle.append(Draw(s, before, before))
+        return draws, idle, [s.name for s, before in self.foreign if s.moved(before)]
 
 
 def _generators(backend: Backend) -> list[Generator]:
@@ -91,7 +98,16 @@ def cpu_before() -> Any:
     last = here.last_cpu_state
     if last is not None and not cpu_moved(CPU_DEVICE, last):
         return last
-    return cpu_stash(CPU_DEVICE)
+    here.last_cpu_state = state = cpu_stash(CPU_DEVICE)
+    return state
+
+
+def cpu_idle(before: Any) -> list[Draw]:
+    """The CPU, not drawn from as far as its state tells; regions one after another share the state and this list."""
+    idle = here.last_idle
+    if idle is None or idle[0].before is not before:
+        idle = here.last_idle = [Draw(_CPU_STREAM, before, before)]
+    return idle
 
 
 def cpu_draw(before: Any) -> Draw | None:
@@ -105,6 +121,11 @@ def cpu_draw(before: Any) -> Draw | None:
 def newly_live(before: tuple[str, ...]) -> list[str]:
     """Device types whose runtime came up since ``before`` was taken."""
     return [b.device_type for b in live() if b.device_type not in before]
+
+
+def elsewhere(idle: list[Draw]) -> list[Draw]:
+    """Of the streams that the forward did not move, those that are not where it began."""
+    return [draw for draw in idle if draw.stream.moved(draw.before)]
 
 
 def rewind(draws: list[Draw]) -> list[tuple[Any, Any]]:

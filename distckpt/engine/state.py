@@ -26,6 +26,7 @@ class _Thread(threading.local):
     settling: bool = (
         False  # a second replay that the engine itself needs, so its inputs may be unpacked again
     )
+    last_idle: Any = None  # the CPU as a stream that the last region did not move
     last_cpu_state: Any = None  # the CPU state that the last region which drew left behind
 
 
