@@ -2,6 +2,7 @@
 
     python benchmarks/compose.py                          dc and compat, 10,000 each
     python benchmarks/compose.py --engine dc --count 500 --seed 7 --no-write
+    python benchmarks/compose.py --again                  runs again what failed in the result files
 
 Programs come in chunks with a seed each. A chunk that meets a disagreement stops at the shrunk program,
 which is printed and counted as a failure; the other chunks go on. The result is
@@ -11,13 +12,15 @@ benchmarks/results/compose-<engine>.json.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from report import write
+from report import RESULTS, write
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -57,6 +60,22 @@ def run(name: str, count: int, start: int) -> dict[str, Any]:
     }
 
 
+def again(name: str) -> dict[str, Any]:
+    """Run the chunks that failed in a result file once more; those that pass now are kept as ``mended``."""
+    result = json.loads((RESULTS / f"compose-{name}.json").read_text())
+    for failure in result["failures"]:
+        found = run(name, CHUNK, failure["seed"])
+        # a failed chunk counted up to its failure only, and this run counts all of it
+        result["programs"] += found["programs"]
+        for key in ("verdicts", "reasons", "features"):
+            result[key] = dict(Counter(result[key]) + Counter(found[key]))
+        where = "failures" if found["failures"] else "mended"
+        result.setdefault(f"{where} now", []).append(failure)
+    result["mended"] = result.get("mended", []) + result.pop("mended now", [])
+    result["failures"] = result.pop("failures now", [])
+    return {key: value for key, value in result.items() if key not in ("command", "machine")}
+
+
 def main() -> int:
     """Run from the command line; the exit status is the number of engines with failures."""
     parser = argparse.ArgumentParser(
@@ -68,11 +87,12 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=10_000, help="programs per engine")
     parser.add_argument("--seed", type=int, default=1_000, help="seed of the first chunk")
     parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument("--again", action="store_true", help="only what failed in the result files")
     options = parser.parse_args()
     torch.set_num_threads(1)
     failed = 0
     for name in options.engine.split(","):
-        result = run(name, options.count, options.seed)
+        result = again(name) if options.again else run(name, options.count, options.seed)
         failed += bool(result["failures"])
         print(
             f"{name}: {result['programs']} programs, {result['verdicts']}, {len(result['failures'])} failures"

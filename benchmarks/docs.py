@@ -59,7 +59,9 @@ repeated, partial and double backward, tensors passed in every way) run with reg
 buffers and the generator's final state must agree with plain autograd to the bit; reentrant gradients, which add up
 in another order, with plain autograd or with torch's reentrant engine. `refused` programs change in place what a
 region needs again, and got an error that says so. `no reference` means that the program raises without any region,
-`left out` that it cannot be compared (the reasons are in the result file).
+`left out` that it cannot be compared (the reasons are in the result file). `mended` counts what failed in the long
+run, was repaired, and passes when its programs are drawn again; the tests in
+`tests/composition/test_regressions.py` hold everything that was ever found.
 """
 
 
@@ -147,9 +149,10 @@ def compose_part() -> str:
         if result is not None:
             counts = [str(result["verdicts"].get(kind, 0)) for kind in kinds]
             features = str(len(result["features"]))
-            rows.append([name, str(result["programs"]), *counts, str(len(result["failures"])), features])
+            failed = [str(len(result["failures"])), str(len(result.get("mended", [])))]
+            rows.append([name, str(result["programs"]), *counts, *failed, features])
             sources.append(source(result))
-    header = ["engine", "programs", *kinds, "failures", "features covered"]
+    header = ["engine", "programs", *kinds, "failures", "mended", "features covered"]
     return "\n".join([*parts, table(header, rows), "", *sources])
 
 
