@@ -47,9 +47,8 @@ def reached_modules(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
     for value in args:
         if type(value) not in _PLAIN:
             _in_value(value, found, set())
-    for value in kwargs.values():
-        if type(value) not in _PLAIN:
-            _in_value(value, found, set())
+    if kwargs:
+        _in_value(kwargs, found, set())
     return found or None
 
 
@@ -102,11 +101,10 @@ def _in_function(fn: Any, found: list[Module], seen: set[int] | None) -> None:
         if type(value) not in _PLAIN:
             seen = set() if seen is None else seen
             _in_value(value, found, seen)
-    for value in fn.__defaults__ or ():
-        if type(value) not in _PLAIN:
-            _in_value(value, found, set() if seen is None else seen)
-    for value in (fn.__kwdefaults__ or {}).values():
-        _in_value(value, found, set() if seen is None else seen)
+    if fn.__defaults__ or fn.__kwdefaults__:
+        for value in (*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()):
+            if type(value) not in _PLAIN:
+                _in_value(value, found, set() if seen is None else seen)
 
 
 def _names(code: CodeType) -> set[str]:

@@ -30,11 +30,11 @@ class Doubtful:
         self.value = value
 
 
-def doubt(refs: list[Any]) -> None:
-    """Mark the values of the last slots of a replay that stopped at the last one."""
-    for ref in refs:
+def doubt(suspects: list[Slot], last: list[Any]) -> None:
+    """Of the suspects (no parameters, nothing that requires grad) mark those that were among the last saves."""
+    for ref in last:
         slot = ref()
-        if slot is not None and slot.value is not None and not slot.value.requires_grad:
+        if slot is not None and slot.value is not None and any(slot is s for s in suspects[-2:]):
             slot.value = Doubtful(slot.value)
 
 

@@ -45,28 +45,25 @@ def _meta(meta: Any) -> str:
 
 
 class Mismatch:
-    """Collects the differences of one replay; true when there is one."""
+    """Collects the differences of one replay; ``found`` says whether there is one."""
 
-    __slots__ = ("call", "count", "drawn", "metas", "region", "value_positions")
+    # Class defaults: nearly every replay finds nothing, and then these are never written.
+    found = False
+    count: int | None = None
+    metas: list[tuple[int, Any, Any]] | None = None
+    drawn: list[str] | None = None
+    value_positions: list[int] | None = None
 
     def __init__(self, region: Region, call: Any) -> None:
         self.region = region
         self.call = call
-        self.count: int | None = None
-        self.metas: list[tuple[int, Any, Any]] | None = None
-        self.drawn: list[str] | None = None
-        self.value_positions: list[int] | None = None
-
-    def __bool__(self) -> bool:
-        return not (self.count is None and self.metas is None and self.drawn is None) or (
-            self.value_positions is not None
-        )
 
     def compare(self, i: int, slot: Slot, x: torch.Tensor, now: tuple[Any, ...]) -> torch.Tensor:
         """Position ``i`` was saved with other metadata, or only with another version. Returns the value to keep."""
         then = slot.meta
         if then[:3] != now[:3]:
             self.metas = [*(self.metas or ()), (i, then, now)]
+            self.found = True
         elif not self.region.options.strict or _alias(x, tensors(self.call)):
             slot.meta = now
         elif self.region.buffers is not None and _alias(x, self.region.buffers.tensors()):
@@ -77,19 +74,23 @@ class Mismatch:
     def extra(self, i: int) -> None:
         """The replay went on to save number ``i``, beyond the last one of the forward."""
         self.count = i + 1
+        self.found = True
 
     def fewer(self, i: int) -> None:
         """The replay ended after ``i`` saves."""
         self.count = i
+        self.found = True
 
     def drew(self, pending: list[Any]) -> None:
         """Some streams did not end where the forward ended."""
         if pending:
             self.drawn = [draw.stream.name for draw in pending]
+            self.found = True
 
     def values(self, positions: list[int]) -> None:
         """Some values differ."""
         self.value_positions = positions
+        self.found = True
 
     def report(self) -> NoReturn:
         """Raise the error of the first kind of difference."""

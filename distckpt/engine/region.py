@@ -65,7 +65,10 @@ class Region:
     rng_before: Any = None  # the CPU state, until the record ends
     stash: rng.Stash | None = None  # other streams, until the record ends
     draws: list[rng.Draw] | None = None  # after it: what the forward drew
-    idle: list[rng.Draw] | None = None  # and what is where it was: perhaps drawn from, and put back by the function
+    idle_cpu: Any = (
+        None  # the CPU state, when it is where it was: perhaps drawn from, and put back by the function
+    )
+    idle: list[rng.Draw] | None = None  # other streams that are where they were
     pins: list[Any] | None = None
     session: sessions.Session | None = None
     backward: Any = None  # the graph task or session of the last replay
@@ -271,7 +274,7 @@ def close_region(r: Region, out: Any) -> None:
         if draw is not None:
             r.draws = [draw]
         else:
-            r.idle = rng.cpu_idle(before)
+            r.idle_cpu = before
         r.rng_before = None
         if r.stash is not None:
             _close_stash(r, r.stash)

@@ -34,7 +34,7 @@ from distckpt.engine import ambient, rng
 from distckpt.engine.doubt import doubt
 from distckpt.engine.errors import ReplayError
 from distckpt.engine.events import counters
-from distckpt.engine.inputs import Packed, check_marks, give_back
+from distckpt.engine.inputs import Packed, check_marks, give_back, marks
 from distckpt.engine.mismatch import Mismatch
 from distckpt.engine.state import Frame, here
 
@@ -60,6 +60,17 @@ def _from_slot(saved: Any) -> Any:
             fix="do not keep tensors that a region computes while dc.is_recomputing()",
         )
     return slot.value
+
+
+def _until_the_end(rest: Any) -> Any:
+    """:func:`_from_slot`, until every slot is full."""
+
+    def unpack(saved: Any) -> Any:
+        if rest.__length_hint__() == 0:
+            raise Stop
+        return _from_slot(saved)
+
+    return unpack
 
 
 def is_engine_hook(pair: tuple[Any, Any]) -> bool:
@@ -89,21 +100,23 @@ def replay(r: Region, run: Any = None) -> None:
         if r.options.strict:
             give_back(r.args, "args")  # raises it again, naming the argument
         raise
-    if r.options.strict:
-        args = [give_back(a, f"args[{i}]") if type(a) is Packed else a for i, a in enumerate(args)]
+    for i, a in enumerate(args):
+        if type(a) is Packed:
+            args[i] = give_back(a, f"args[{i}]")
     kwargs = {} if r.kwargs is None else give_back(r.kwargs, "kwargs")
-    fn = give_back(r.fn, "function")
+    fn = r.fn if type(r.fn) is not Packed else give_back(r.fn, "function")
+    owned = started = None
     if r.marks is not None:
-        check_marks(r.marks, (fn, args, kwargs) if r.options.strict else args)
+        owned = (fn, args, kwargs) if r.options.strict else args
+        check_marks(r.marks, owned)
+        started = marks(owned)
     counters.replays += 1
     if r.tie is not None:
         fn, args, kwargs = r.tie.bind(fn, args, kwargs)
     draws = r.draws if r.closed else rng.so_far(r.rng_before, r.stash)
     held = rng.rewind(draws) if draws else None
-    if r.idle is not None:
-        undone = rng.elsewhere(r.idle)
-        if undone:
-            held = [*(held or ()), *rng.rewind(undone)]
+    if r.idle_cpu is not None or r.idle is not None:
+        held = [*(held or ()), *rng.rewind_idle(r.idle_cpu, r.idle)]
     now = ambient.snapshot()
     mismatch = Mismatch(r, (fn, args, kwargs))
     run = run or _run
@@ -124,7 +137,10 @@ def replay(r: Region, run: Any = None) -> None:
             if r.replay_context is not None:
                 stack.enter_context(r.replay_context.replaying())
             run(r, fn, args, kwargs, draws, mismatch)
-    if mismatch:
+    if started is not None:
+        # What a user's hook handed out, the next replay is handed too: it must find it unwritten.
+        check_marks(started, owned)
+    if mismatch.found:
         r.clear()
         mismatch.report()
 
@@ -146,6 +162,7 @@ def _run(
     last = refs[-1] if early and refs else None
     beyond_wanted = refs[wanted] if wanted < len(refs) else None
     stopped = False
+    suspects: list[Any] = []
     rest: Any = iter(refs)
     check = r.options.determinism_check != "none"
     # Torch detaches every value, and its recompute contexts see that.
@@ -165,7 +182,12 @@ def _run(
             now = (x.shape, x.dtype, x.device, x._version) if check else (None, None, None, x._version)
             if slot.meta != now:
                 x = mismatch.compare(refs.index(ref), slot, x, now)
-            if (x.is_leaf and (x.requires_grad or type(x) is _Parameter)) or detach:
+            if x.is_leaf:
+                if x.requires_grad or type(x) is _Parameter:
+                    x = x.detach()
+                else:
+                    suspects.append(slot)
+            elif detach:
                 x = x.detach()
             slot.value = x
             saved = ref
@@ -180,11 +202,6 @@ def _run(
         mismatch.extra(len(refs))
         raise Stop
 
-    def unpack(saved: Any) -> Any:
-        if rest.__length_hint__() == 0:
-            raise Stop
-        return _from_slot(saved)
-
     if dynamo_callback() is not None:
         fn = functools.partial(call_without_dynamo, fn)
     frame = Frame(r, here.frame)
@@ -192,7 +209,7 @@ def _run(
     here.replaying += 1
     grad = torch.is_grad_enabled()
     set_grad_enabled(True)
-    push_saved_tensors_hooks(pack, unpack if settling else _from_slot)
+    push_saved_tensors_hooks(pack, _until_the_end(rest) if settling else _from_slot)
     try:
         r.context.copy().run(fn, *args, **kwargs)
     except Stop:
@@ -206,8 +223,9 @@ def _run(
     if reached < wanted:
         mismatch.fewer(reached)
     if stopped:
-        doubt(refs[-2:])
-    elif not early and closed and draws and r.options.strict and not mismatch:
+        if suspects:
+            doubt(suspects, refs[-2:])
+    elif not early and closed and draws and r.options.strict and not mismatch.found:
         mismatch.drew(rng.pending(draws))
     if r.verifier is not None and not stopped:
         r.verifier.compare(refs, r.buffers, mismatch)

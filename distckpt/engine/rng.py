@@ -22,7 +22,7 @@ from distckpt_backends import Backend, get, live
 from distckpt.engine import streams
 from distckpt.engine.state import here
 
-CPU = get("cpu")
+CPU: Any = get("cpu")
 CPU_DEVICE = torch.device("cpu")
 cpu_stash = CPU.rng_stash
 cpu_moved = CPU.rng_moved
@@ -94,20 +94,12 @@ def _generators(backend: Backend) -> list[Generator]:
 
 
 def cpu_before() -> Any:
-    """The CPU state now; the very object that the last region left, when nobody drew since."""
+    """The CPU state now; the very object of the last region when nobody drew since, so that regions share it."""
     last = here.last_cpu_state
     if last is not None and not cpu_moved(CPU_DEVICE, last):
         return last
     here.last_cpu_state = state = cpu_stash(CPU_DEVICE)
     return state
-
-
-def cpu_idle(before: Any) -> list[Draw]:
-    """The CPU, not drawn from as far as its state tells; regions one after another share the state and this list."""
-    idle = here.last_idle
-    if idle is None or idle[0].before is not before:
-        idle = here.last_idle = [Draw(_CPU_STREAM, before, before)]
-    return idle
 
 
 def cpu_draw(before: Any) -> Draw | None:
@@ -123,9 +115,12 @@ def newly_live(before: tuple[str, ...]) -> list[str]:
     return [b.device_type for b in live() if b.device_type not in before]
 
 
-def elsewhere(idle: list[Draw]) -> list[Draw]:
-    """Of the streams that the forward did not move, those that are not where it began."""
-    return [draw for draw in idle if draw.stream.moved(draw.before)]
+def rewind_idle(cpu_state: Any, idle: list[Draw] | None) -> list[tuple[Any, Any]]:
+    """Of the streams that the forward did not move, put those back that are not where it began."""
+    elsewhere = [draw for draw in idle or () if draw.stream.moved(draw.before)]
+    if cpu_state is not None and cpu_moved(CPU_DEVICE, cpu_state):
+        elsewhere.append(Draw(_CPU_STREAM, cpu_state, cpu_state))
+    return rewind(elsewhere) if elsewhere else []
 
 
 def rewind(draws: list[Draw]) -> list[tuple[Any, Any]]:

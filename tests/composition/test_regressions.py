@@ -163,10 +163,6 @@ def test_a_gradient_through_rrelu_taken_inside_a_region_is_exact(early_stop: boo
     assert torch.equal(gradient(inner, x, early_stop=early_stop), gradient(inner, x))
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="open: the second replay starts from the user's copy that the first replay wrote to",
-)
 def test_an_input_changed_by_its_own_region_under_copying_hooks_is_exact_or_refused() -> None:
     # the replay gets the copy of the hooks, and writes to it
     x = torch.randn(4, 4, requires_grad=True)
@@ -180,9 +176,6 @@ def test_an_input_changed_by_its_own_region_under_copying_hooks_is_exact_or_refu
     assert torch.equal(first, second)
 
 
-@pytest.mark.xfail(
-    strict=False, reason="open: hooks that copy make two inputs of one, and a region writes to one"
-)
 def test_an_input_passed_twice_and_changed_under_copying_hooks_is_exact_or_refused() -> None:
     def change(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         a.mul_(0.5)
@@ -202,7 +195,6 @@ def test_an_input_passed_twice_and_changed_under_copying_hooks_is_exact_or_refus
     assert torch.equal(got, run(lambda fn, *args: fn(*args)))
 
 
-@pytest.mark.xfail(strict=False, reason="open: DC120 (an error, never silent) where plain autograd runs")
 @pytest.mark.parametrize(
     ("body", "early_stop", "selective"),
     [
