@@ -14,11 +14,13 @@ import torch
 from torch.autograd import Function
 
 from distckpt._torch import call_without_dynamo, dynamo_callback, reentrant_backward_allowed
+from distckpt.engine.barrier import Tie
 from distckpt.engine.errors import BadOption
 from distckpt.engine.inputs import tensors
 from distckpt.engine.options import Options
-from distckpt.engine.region import Region, close_region, open_region
+from distckpt.engine.region import Region, abort_region, close_region, open_region
 from distckpt.engine.replay import replay
+from distckpt.engine.state import Frame, here
 
 
 def detach_variable(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -60,9 +62,7 @@ class CheckpointFunction(Function):
         ctx.holes = [isinstance(a, torch.Tensor) for a in args]
         ctx.rest = [None if hole else a for a, hole in zip(args, ctx.holes, strict=True)]
         # The region supplies stash, ambient state and buffers; it owns no tensors and records no slots here.
-        ctx.region, out = _forward(run_function, args, options)
-        # Tied here and not in the replay: its inputs are this node's own, and the gradients are at hand.
-        ctx.tie, ctx.region.tie = ctx.region.tie, None
+        ctx.region, ctx.tie, out = _forward(run_function, args, options)
         return out
 
     @staticmethod
@@ -92,32 +92,25 @@ class CheckpointFunction(Function):
         return (None, None, *(x.grad if isinstance(x, torch.Tensor) else None for x in detached))
 
 
-def _forward(fn: Any, args: tuple[Any, ...], options: Options) -> tuple[Region, Any]:
+def _forward(fn: Any, args: tuple[Any, ...], options: Options) -> tuple[Region, Tie | None, Any]:
     region = open_region(fn, args, {}, options)
     region.args = []
+    # The node ties its own inputs to the gradients it is given: no hooks on the outputs, nothing for the replay to do.
+    tie, region.tie = region.tie, None
     try:
         with torch.no_grad():
             out = fn(*args)
-    except BaseException:
-        from distckpt.engine.region import abort_region
-
-        abort_region(region, BaseException())
+    except BaseException as error:
+        abort_region(region, error)
         raise
-    tie, region.tie = (
-        region.tie,
-        None,
-    )  # the node has its gradients as arguments and needs no hooks on the outputs
     close_region(region, out)
-    region.tie = tie
-    return region, out
+    return region, tie, out
 
 
 def _recompute(region: Region, inputs: tuple[Any, ...]) -> Any:
     outputs: list[Any] = []
 
     def run(r: Region, fn: Any, args: list[Any], kwargs: dict[str, Any], draws: Any, mismatch: Any) -> None:
-        from distckpt.engine.state import Frame, here
-
         frame = Frame(r, here.frame)
         here.frame = frame
         here.replaying += 1
