@@ -3,7 +3,9 @@ any."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import struct
 import sys
 from types import ModuleType
 from typing import Any
@@ -51,6 +53,35 @@ def registered_module_types() -> tuple[str, ...]:
 
 
 _WITHOUT_MODULE = ("lazy", "hpu", "ipu", "ve", "fpga", "maia", "vulkan", "opengl", "opencl", "ideep")
+
+
+def cpu_generator_memory(generator: torch.Generator) -> Any | None:
+    """The memory in which torch keeps the whole state of a CPU generator, as a live ctypes array of bytes.
+
+    None where it cannot be found for certain: see Note [Generator memory] in ``cpu.py``. Known for torch 2.9 to
+    2.15 on Linux; any other is asked by ``get_state()``.
+    """
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    if sys.platform != "linux" or not (2, 9) <= version <= (2, 15):
+        return None
+    try:
+        usable_size = ctypes.CDLL(None).malloc_usable_size  # of the block that holds the C++ object
+        base = generator._cdata  # type: ignore[attr-defined]
+    except AttributeError:
+        return None
+    usable_size.argtypes, usable_size.restype = (ctypes.c_void_p,), ctypes.c_size_t
+    size = usable_size(base)
+    state = generator.get_state()
+    words = struct.unpack_from("<624Q", ctypes.string_at(state.data_ptr(), state.numel()), 24)
+    try:
+        found = struct.pack("=624I", *words)
+    except struct.error:  # the layout of the state itself is another one
+        return None
+    block = ctypes.string_at(base, size)
+    start = block.find(found) - 20  # before the words: seed, position and flag of the Mersenne Twister
+    if start < 0 or block.find(found, start + 21) != -1:
+        return None
+    return (ctypes.c_char * (size - start)).from_address(base + start)
 
 
 # torch_xla 2.9 --------------------------------------------------------------------------------------------

@@ -1,4 +1,13 @@
-"""CPU: the Mersenne Twister of the default generator, and nothing to wait for."""
+"""CPU: the Mersenne Twister of the default generator, and nothing to wait for.
+
+Note [Generator memory]
+    Reading a state through torch makes a tensor of 5056 bytes, and every region asks three times whether anybody has
+    drawn. So the question is put to the memory that the generator keeps its state in: equal bytes mean that nobody
+    has. That memory is found by what it holds, in the allocated block of the generator's own C++ object, and
+    it is only used after a generator of the same make has shown that every kind of draw changes it, the one that only
+    takes the second number of a cached pair included. Otherwise the state is read and compared. Bytes may differ
+    although the state is equal (after a state was put back): that costs a look at the state, never a wrong answer.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +15,7 @@ import ctypes
 
 import torch
 
+from ._torch import cpu_generator_memory
 from .protocol import Backend, Capabilities
 from .state import foreign, memcmp
 
@@ -17,6 +27,43 @@ _get_state = _default.get_state
 _set_state = _default.set_state
 _SIZE = _get_state().numel()  # 5056 bytes in every torch so far
 _C_SIZE = ctypes.c_size_t(_SIZE)  # converted once: a tenth of a microsecond per compare
+
+
+def _every_draw_shows() -> bool:
+    """Whether the memory found for a generator changes with each draw from it, and with nothing else."""
+    probe = torch.Generator().manual_seed(1)
+    memory = cpu_generator_memory(probe)
+    if memory is None:
+        return False
+    for draw in (
+        lambda: torch.empty(1).uniform_(generator=probe),
+        lambda: torch.empty(1).normal_(generator=probe),
+        lambda: torch.empty(1).normal_(generator=probe),  # of a cached pair
+        lambda: torch.empty(1, dtype=torch.float64).normal_(generator=probe),
+        lambda: torch.empty(1, dtype=torch.float64).normal_(generator=probe),
+        lambda: torch.empty(624).uniform_(generator=probe),  # a whole turn: the position is the same again
+        lambda: torch.randperm(4, generator=probe),
+        lambda: probe.manual_seed(2),
+    ):
+        before = memory.raw
+        probe.get_state()
+        if memory.raw != before:
+            return False
+        draw()
+        if memory.raw == before:
+            return False
+    return True
+
+
+_memory = cpu_generator_memory(_default) if _every_draw_shows() else None
+
+
+def fingerprint() -> bytes:
+    """A copy of what the default generator's state is kept in; equal copies mean that nobody has drawn."""
+    if _memory is not None:
+        return _memory.raw
+    state = _get_state()
+    return ctypes.string_at(state.data_ptr(), _SIZE)
 
 
 class CpuBackend(Backend):

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from distckpt.engine.region import Region
 
 _Parameter = torch.nn.Parameter
+cpu_fingerprint = rng.cpu_fingerprint
 
 
 class Stop(BaseException):
@@ -115,8 +116,9 @@ def replay(r: Region, run: Any = None) -> None:
         fn, args, kwargs = r.tie.bind(fn, args, kwargs)
     draws = r.draws if r.closed else rng.so_far(r.rng_before, r.stash)
     held = rng.rewind(draws) if draws else None
-    if r.idle_cpu is not None or r.idle is not None:
-        held = [*(held or ()), *rng.rewind_idle(r.idle_cpu, r.idle)]
+    idle = r.idle_cpu
+    if r.idle is not None or (idle is not None and cpu_fingerprint() != idle.fingerprint):
+        held = [*(held or ()), *rng.rewind_idle(idle, r.idle)]
     now = ambient.snapshot()
     mismatch = Mismatch(r, (fn, args, kwargs))
     run = run or _run

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from distckpt_backends import Backend, get, live
+from distckpt_backends import Backend, cpu, get, live
 
 from distckpt.engine import streams
 from distckpt.engine.state import here
@@ -26,6 +26,7 @@ CPU: Any = get("cpu")
 CPU_DEVICE = torch.device("cpu")
 cpu_stash = CPU.rng_stash
 cpu_moved = CPU.rng_moved
+cpu_fingerprint = cpu.fingerprint
 
 
 class Generator:
@@ -93,21 +94,32 @@ def _generators(backend: Backend) -> list[Generator]:
     return [Generator(backend, device) for device in backend.live_devices()]
 
 
-def cpu_before() -> Any:
+class CpuState:
+    """The state of the CPU generator at one moment, and a fingerprint that is cheap to compare."""
+
+    __slots__ = ("fingerprint", "state")
+
+    def __init__(self, fingerprint: bytes) -> None:
+        self.fingerprint = fingerprint
+        self.state = cpu_stash(CPU_DEVICE)
+
+
+def cpu_before() -> CpuState:
     """The CPU state now; the very object of the last region when nobody drew since, so that regions share it."""
     last = here.last_cpu_state
-    if last is not None and not cpu_moved(CPU_DEVICE, last):
-        return last
-    here.last_cpu_state = state = cpu_stash(CPU_DEVICE)
-    return state
+    now = cpu_fingerprint()
+    if last is None or last.fingerprint != now:
+        here.last_cpu_state = last = CpuState(now)
+    return last
 
 
-def cpu_draw(before: Any) -> Draw | None:
+def cpu_draw(before: CpuState) -> Draw | None:
     """The CPU's draw since ``before``, or None."""
-    if not cpu_moved(CPU_DEVICE, before):
+    now = cpu_fingerprint()
+    if now == before.fingerprint or not cpu_moved(CPU_DEVICE, before.state):
         return None
-    after = here.last_cpu_state = cpu_stash(CPU_DEVICE)
-    return Draw(_CPU_STREAM, before, after)
+    here.last_cpu_state = after = CpuState(now)
+    return Draw(_CPU_STREAM, before.state, after.state)
 
 
 def newly_live(before: tuple[str, ...]) -> list[str]:
@@ -115,11 +127,11 @@ def newly_live(before: tuple[str, ...]) -> list[str]:
     return [b.device_type for b in live() if b.device_type not in before]
 
 
-def rewind_idle(cpu_state: Any, idle: list[Draw] | None) -> list[tuple[Any, Any]]:
+def rewind_idle(cpu: CpuState | None, idle: list[Draw] | None) -> list[tuple[Any, Any]]:
     """Of the streams that the forward did not move, put those back that are not where it began."""
-    elsewhere = [draw for draw in idle or () if draw.stream.moved(draw.before)]
-    if cpu_state is not None and cpu_moved(CPU_DEVICE, cpu_state):
-        elsewhere.append(Draw(_CPU_STREAM, cpu_state, cpu_state))
+    elsewhere = [draw for draw in idle if draw.stream.moved(draw.before)] if idle else []
+    if cpu is not None and cpu_fingerprint() != cpu.fingerprint:
+        elsewhere.append(Draw(_CPU_STREAM, cpu.state, cpu.state))
     return rewind(elsewhere) if elsewhere else []
 
 
@@ -142,7 +154,7 @@ def pending(draws: list[Draw]) -> list[Draw]:
     return [draw for draw in draws if draw.stream.moved(draw.after)]
 
 
-def so_far(cpu_state: Any, stash: Stash | None) -> list[Draw]:
+def so_far(cpu: CpuState | None, stash: Stash | None) -> list[Draw]:
     """Every stashed stream of a forward that is still running, for a gradient taken inside it."""
-    draws = [] if cpu_state is None else [Draw(_CPU_STREAM, cpu_state, None)]
+    draws = [] if cpu is None else [Draw(_CPU_STREAM, cpu.state, None)]
     return draws if stash is None else [*draws, *(Draw(s, before, None) for s, before in stash.own)]
