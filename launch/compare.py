@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from launch.measure import Memory, memory
+from launch.modes import MODES
 from launch.options import Options
 from launch.parallel import World, everyone
-from launch.regions import MODES
 from launch.report import Report, megabytes, ranks
 from launch.trainer import Trainer
 
@@ -81,13 +81,14 @@ def show(results: dict[str, Result], options: Options, world: World, report: Rep
         "peak live tensors": [megabytes(r.memory.peak) for r in results.values()],
         "kept for backward": [megabytes(r.memory.kept) for r in results.values()],
         "block runs in a step": [f"{r.memory.runs}" for r in results.values()],
-        "recomputed": [f"{r.memory.runs - options.layers}" for r in results.values()],
+        "recomputed": [f"{r.memory.runs - reference.memory.runs}" for r in results.values()],
         "step time, median": [f"{median(r.seconds) * 1e3:.0f} ms" for r in results.values()],
         "step time over torch's": [f"{ratio(r, torch_):.3f}" for r in results.values()],
     }
     title = (
-        f"{options.steps} steps, {ranks(world.size)}, {options.dtype}, {options.layers} blocks of "
-        f"{options.width}, {options.batch} x {options.context} bytes a rank, dropout {options.dropout:g}"
+        f"{options.steps} steps, {options.spread()} on {ranks(world.size)}, {options.dtype}, "
+        f"{options.layers} blocks of {options.width}, {options.batch} x {options.context} bytes a rank, "
+        f"dropout {options.dropout:g}"
     )
     report.table(title, [_HEADS[mode] for mode in results], rows)
     if exact(results):

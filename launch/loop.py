@@ -49,10 +49,13 @@ def show(
     rows = {
         "steps": [f"{start + 1} to {options.steps}"],
         "last loss": [f"{trainer.losses[-1]:.6f}"],
-        "bytes a second": [f"{steps * options.batch * options.context * world.size / seconds:,.0f}"],
-        "block runs": [f"{trainer.model.block_runs()}"],
+        "bytes a second": [
+            f"{steps * options.batch * options.context * trainer.layout.replicas / seconds:,.0f}"
+        ],
+        "block runs": [f"{trainer.layout.block_runs()}"],
         "losses of these steps": [digest["losses"]],
         "last gradients": [digest["gradients"]],
         "last parameters": [digest["parameters"]],
     }
-    report.table(f"{ranks(world.size)}, {options.dtype}, checkpoint: {options.ckpt}", ["value"], rows)
+    title = f"{ranks(world.size)}, {options.spread()}, {options.dtype}, checkpoint: {options.ckpt}"
+    report.table(title, ["value"], rows)

@@ -69,22 +69,26 @@ class Memory:
 def memory(trainer: Trainer, inputs: torch.Tensor, targets: torch.Tensor) -> Memory:
     """Measure one forward and backward of `trainer` on a batch; its weights and random numbers do not move.
 
-    What is kept for backward is the difference between a forward with and one without gradients, so the
-    parameters that FSDP leaves gathered after forward do not count. Collective: every rank calls it.
+    What is kept for backward is what lives when a backward begins, less what lives after a forward without
+    gradients (so the parameters that FSDP leaves gathered do not count) or, where a forward has no life of its own, at
+    the start of the step. Collective: every rank calls it.
     """
-    rng = trainer.rng
+    layout, rng = trainer.layout, trainer.rng
     state = [trainer.model.state_dict(), trainer.optimizer.state_dict()]
     trainer.optimizer.zero_grad()
     with trainer.own_rng(), LiveBytes(state, inputs, targets) as live, torch.no_grad():
-        loss = trainer.model(inputs, targets)
+        loss = layout.forward(inputs, targets)
         without = live.now()
     del loss
     trainer.rng = rng
-    runs = trainer.model.block_runs()
+    runs, kept = layout.block_runs(), 0
+
+    def before_backward() -> None:
+        nonlocal kept
+        kept = max(kept, live.now() - without)
+
     with trainer.own_rng(), LiveBytes(state, inputs, targets) as live:
-        loss = trainer.model(inputs, targets)
-        kept = live.now() - without
-        loss.backward()
+        layout.step(inputs, targets, before_backward)
     trainer.optimizer.zero_grad()
     trainer.rng = rng
-    return Memory(peak=live.peak, kept=kept, runs=trainer.model.block_runs() - runs)
+    return Memory(peak=live.peak, kept=kept, runs=layout.block_runs() - runs)

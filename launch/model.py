@@ -24,7 +24,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_width = width // heads
         self.dropout = dropout
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
@@ -47,11 +47,12 @@ class Block(nn.Module):
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
 
     def _attention(self, x: torch.Tensor) -> torch.Tensor:
-        batch, context, width = x.shape
-        q, k, v = self.qkv(x).view(batch, context, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        batch, context, _ = x.shape
+        # By heads, so that a share of the rows is a share of the heads; how many are here the rows tell.
+        q, k, v = self.qkv(x).view(batch, context, -1, 3, self.head_width).permute(3, 0, 2, 1, 4)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        return self.proj(y.transpose(1, 2).reshape(batch, context, width))
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class GPT(nn.Module):
@@ -76,6 +77,31 @@ class GPT(nn.Module):
         logits = self.head(self.norm(x)).float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    def block_runs(self) -> int:
-        """Executions of block bodies so far, replays included."""
-        return sum(block.runs for block in self.blocks if isinstance(block, Block))
+
+class Part(nn.Module):
+    """Consecutive blocks of a GPT, from ``start`` up to ``stop``, with what comes before the first or after the last.
+
+    Names are those of the whole model.
+    """
+
+    def __init__(self, whole: GPT, start: int, stop: int) -> None:
+        super().__init__()
+        self.first, self.last = start == 0, stop == len(whole.blocks)
+        self.bytes = whole.bytes if self.first else None
+        self.places = whole.places if self.first else None
+        self.blocks = nn.ModuleDict({str(i): whole.blocks[i] for i in range(start, stop)})
+        self.norm = whole.norm if self.last else None
+        self.head = whole.head if self.last else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Bytes (first part) or channels in; channels, or after the last block logits in fp32, out."""
+        if self.bytes is not None and self.places is not None:
+            x = self.bytes(x) + self.places.weight[: x.shape[1]]
+        for block in self.blocks.values():
+            x = block(x)
+        return x if self.norm is None or self.head is None else self.head(self.norm(x)).float()
+
+
+def block_runs(model: nn.Module) -> int:
+    """Executions of block bodies so far, replays included."""
+    return sum(block.runs for block in model.modules() if isinstance(block, Block))

@@ -9,7 +9,14 @@ from typing import Literal
 from launch.errors import BadOption
 
 # What a checkpoint must agree on with the run that resumes it. The rest (steps, paths) may change.
-SAME_ON_RESUME = ("dtype", "layers", "width", "heads", "context", "batch", "dropout", "lr", "seed", "data")
+SAME_ON_RESUME = (
+    *("parallel", "schedule", "micro_batches", "dtype", "layers", "width", "heads", "context"),
+    *("batch", "dropout", "lr", "seed", "data"),
+)
+V_SCHEDULES = (
+    "ZBVZeroBubble",
+    "DualPipeV",
+)  # a rank has a stage on the way there and its mirror on the way back
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,14 @@ class Options:
 
     ckpt: Literal["none", "torch", "distckpt"] = "distckpt"
     """Who recomputes the blocks: nobody, torch.utils.checkpoint, or distckpt."""
+    parallel: Literal["fsdp", "ddp", "pp", "pp+fsdp", "tp"] = "fsdp"
+    """FSDP2 units, DDP, pipeline stages, pipeline stages of FSDP2 units, or tensor parallel."""
+    schedule: Literal[
+        "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
+    ] = "1F1B"
+    """The pipeline schedule, with --parallel pp and pp+fsdp."""
+    micro_batches: int = 4
+    """Micro-batches in a step, with --parallel pp and pp+fsdp; they share --batch."""
     compare: bool = False
     """Train all three from the same seed, step by step in turn, and print them side by side."""
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -30,7 +45,7 @@ class Options:
     data: Path | None = None
     """A file or a folder of text. Left out: the Python standard library's own sources."""
     layers: int = 6
-    """Transformer blocks; each is one FSDP unit with one region inside."""
+    """Transformer blocks; each is one region."""
     width: int = 128
     """Channels of the residual stream; a multiple of --heads."""
     heads: int = 4
@@ -54,12 +69,23 @@ class Options:
 
     def check(self) -> None:
         """Raise BadOption, with what to write instead, if the job cannot run like this."""
-        for name in ("steps", "layers", "width", "heads", "context", "batch"):
+        for name in ("steps", "micro_batches", "layers", "width", "heads", "context", "batch"):
             if getattr(self, name) < 1:
-                raise BadOption(f"--{name} is {getattr(self, name)}", fix="give 1 or more")
+                flag = name.replace("_", "-")
+                raise BadOption(f"--{flag} is {getattr(self, name)}", fix="give 1 or more")
+        if self.pipelined and self.batch % self.micro_batches:
+            raise BadOption(
+                f"--batch {self.batch} is no multiple of --micro-batches {self.micro_batches}",
+                fix=f"try {max(1, self.batch // self.micro_batches) * self.micro_batches}",
+            )
         if self.width % self.heads:
             near = max(self.heads, self.width // self.heads * self.heads)
             raise BadOption(f"--width {self.width} is no multiple of --heads {self.heads}", fix=f"try {near}")
+        if self.dtype != "fp32" and "fsdp" not in self.parallel:
+            raise BadOption(
+                f"--dtype {self.dtype} is FSDP2's to do, and --parallel {self.parallel} has none",
+                fix="use --dtype fp32",
+            )
         if not 0 <= self.dropout < 1:
             raise BadOption(f"--dropout is {self.dropout}", fix="give a probability, at least 0 and below 1")
         if self.lr <= 0:
@@ -72,6 +98,15 @@ class Options:
             raise BadOption("--compare keeps no model", fix="leave out --save and --resume")
         if self.save is not None and self.save.exists() and not self.save.is_dir():
             raise BadOption(f"--save {self.save} is a file", fix="give a folder")
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether there is a schedule."""
+        return self.parallel in ("pp", "pp+fsdp")
+
+    def spread(self) -> str:
+        """The layout for people: fsdp, or pp with its schedule."""
+        return f"{self.parallel} {self.schedule} x{self.micro_batches}" if self.pipelined else self.parallel
 
     def identity(self) -> dict[str, str]:
         """The options that decide the numbers, as text: what a checkpoint and its resume must share."""

@@ -1,4 +1,4 @@
-"""Ranks: start them, shard a model over them, and bring their numbers together."""
+"""Ranks: start them, and bring their numbers together."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from launch.errors import LaunchError
-from launch.model import GPT
 
 T = TypeVar("T")
 
@@ -45,26 +42,11 @@ def joined() -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def shard(model: GPT, dtype: str) -> GPT:
-    """FSDP2 in place: a unit for each block and one for the rest. `dtype` is "fp32" or "bf16".
-
-    bf16 gathers parameters and computes in bf16; gradients are reduced and kept in fp32.
-    """
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    precision = MixedPrecisionPolicy()
-    if dtype == "bf16":
-        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=precision)
-    return model
-
-
-def mean(value: torch.Tensor) -> float:
-    """The mean of a scalar over the ranks."""
-    total = value.detach().clone().double()
+def mean(value: torch.Tensor | None) -> float:
+    """The mean of a scalar over the ranks that have one. Collective."""
+    total = torch.tensor([0.0, 0.0] if value is None else [float(value.detach().double()), 1.0]).double()
     dist.all_reduce(total)
-    return total.item() / dist.get_world_size()
+    return (total[0] / total[1]).item()
 
 
 def everyone(thing: object) -> list[object]:

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from launch.errors import BadCheckpoint
 from launch.options import Options
 from launch.parallel import World
 from launch.trainer import Trainer
 
+# Each parameter's own keys, so that pipeline ranks do not write one list of groups over another's.
+_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 NOTE = "run.json"  # beside the tensors: what made them, for people and for `find`
 
 
@@ -39,7 +41,7 @@ class _Stateful:
         self._rank = rank
 
     def state_dict(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self._trainer.model, self._trainer.optimizer)
+        model, optimizer = get_state_dict(self._trainer.model, self._trainer.optimizer, options=_OPTIONS)
         mine = {"data": self._trainer.batches.position(), "rng": self._trainer.rng}
         return {"model": model, "optimizer": optimizer, f"rank{self._rank}": mine}
 
@@ -49,6 +51,7 @@ class _Stateful:
             self._trainer.optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
+            options=_OPTIONS,
         )
         mine = state[f"rank{self._rank}"]
         self._trainer.batches.seek(mine["data"])
@@ -88,9 +91,10 @@ def find(folder: Path, options: Options, world: World) -> Found:
             fix="start as many: each rank has random numbers of its own",
         )
     for name, value in options.identity().items():
-        if note["options"].get(name) != value:
+        made = note["options"].get(name, value)  # an older run.json has fewer
+        if made != value:
             raise BadCheckpoint(
-                f"--resume {newest} was made with --{name} {note['options'].get(name)}, not {value}",
+                f"--resume {newest} was made with --{name.replace('_', '-')} {made}, not {value}",
                 fix="give the same value",
             )
     if note["step"] >= options.steps:

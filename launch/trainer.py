@@ -1,4 +1,4 @@
-"""One model in training: its sharded parameters, optimizer, data stream and random numbers."""
+"""One model in training: its share of the parameters, optimizer, data stream and random numbers."""
 
 from __future__ import annotations
 
@@ -11,32 +11,28 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from launch.data import Batches
-from launch.model import GPT
+from launch.layouts import lay_out
 from launch.options import Options
-from launch.parallel import World, everyone, mean, shard
-from launch.regions import put
+from launch.parallel import World, everyone, mean
 
 
 class Trainer:
     """All that decides the next step, so that two trainers in one process do not disturb each other."""
 
     def __init__(self, options: Options, mode: str, text: torch.Tensor, world: World) -> None:
-        torch.manual_seed(options.seed)  # the same parameters on every rank and in every mode
-        model = GPT(
-            layers=options.layers,
-            width=options.width,
-            heads=options.heads,
-            context=options.context,
-            dropout=options.dropout,
-        )
         self.mode = mode
-        self.model = shard(put(model, mode), options.dtype)
+        self.layout = lay_out(options, mode, world)
+        self.model = self.layout.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr, betas=(0.9, 0.95))
         self.batches = Batches(
-            text, batch=options.batch, context=options.context, seed=options.seed, rank=world.rank
+            text,
+            batch=options.batch,
+            context=options.context,
+            seed=options.seed,
+            rank=self.layout.data_rank,
         )
-        # Each rank drops other units; every mode the same.
-        self.rng = torch.Generator().manual_seed(options.seed * 1_000_003 + world.rank).get_state()
+        # Every mode drops the same units; which ranks do, the layout says.
+        self.rng = torch.Generator().manual_seed(options.seed * 1_000_003 + self.layout.rng_rank).get_state()
         self.losses: list[float] = []  # the mean over the ranks, one a step
         self._own = hashlib.sha256()  # of this rank's own losses, to the bit
 
@@ -51,17 +47,17 @@ class Trainer:
             self.rng = torch.get_rng_state()
             torch.set_rng_state(before)
 
-    def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Forward, backward, update. Returns this rank's loss. Call it within `own_rng()`."""
+    def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor | None:
+        """Forward, backward, update. Returns the loss on the ranks that see it. Call it within `own_rng()`."""
         self.optimizer.zero_grad()
-        loss = self.model(inputs, targets)
-        loss.backward()
+        loss = self.layout.step(inputs, targets)
         self.optimizer.step()
-        return loss.detach()
+        return loss
 
-    def log(self, loss: torch.Tensor) -> float:
+    def log(self, loss: torch.Tensor | None) -> float:
         """Note a step's loss; returns the mean over the ranks."""
-        self._own.update(raw(loss))
+        if loss is not None:
+            self._own.update(raw(loss))
         self.losses.append(mean(loss))
         return self.losses[-1]
 

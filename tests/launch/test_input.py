@@ -23,6 +23,13 @@ SMALL = ["--layers", "1", "--width", "8", "--context", "8", "--ckpt", "none"]
     [
         (["--width", "30"], ["DC501", "multiple of --heads 4", "try 28"]),
         (["--steps", "0"], ["DC501", "--steps is 0", "1 or more"]),
+        (["--parallel", "pp", "--batch", "6"], ["DC501", "multiple of --micro-batches 4", "try 4"]),
+        (["--parallel", "tp", "--dtype", "bf16"], ["DC501", "--parallel tp has none", "use --dtype fp32"]),
+        (["--parallel", "pp+fsdp"], ["DC501", "1 ranks", "--nproc_per_node 4"]),
+        (
+            ["--parallel", "pp", "--schedule", "ZBVZeroBubble", "--layers", "1"],
+            ["DC501", "2 stages", "give 2"],
+        ),
         (["--dropout", "1"], ["DC501", "below 1"]),
         (["--lr", "0"], ["DC501", "above 0"]),
         (["--save-every", "2"], ["DC501", "--save FOLDER"]),
