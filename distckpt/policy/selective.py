@@ -112,33 +112,47 @@ def _aliases(func: Any) -> bool:
 
 
 class _Kept:
-    """One kept tensor, with the version it was kept at, or what the user's hook made of it."""
+    """One kept tensor, or what the user's hook made of it, with its version: every replay must find it unwritten.
 
-    __slots__ = ("unpack", "value", "version")
+    A hook that hands the operator's own memory back is held to the version of the forward; one that made a copy, to
+    the version at which it first handed that out.
+    """
+
+    __slots__ = ("memory", "unpack", "value", "version")
 
     def __init__(self, value: Any, hooks: Any) -> None:
+        self.unpack = self.memory = self.version = None
         if isinstance(value, torch.Tensor):
             value = detach_below_autograd(value)
-        if hooks is not None and isinstance(value, torch.Tensor):
-            self.value, self.unpack, self.version = hooks[0](value), hooks[1], None
-        else:
-            self.value, self.unpack = value, None
-            self.version = value._version if isinstance(value, torch.Tensor) else None
+            self.version = value._version
+            if hooks is not None:
+                self.memory, self.unpack = weakref.ref(_memory(value)), hooks[1]
+                value = hooks[0](value)
+        self.value = value
 
     def get(self, may_change: bool, strict: bool, again: bool) -> Any:
-        if self.unpack is not None:
-            return self.unpack(self.value)
-        if self.version is None:
-            return self.value
-        if not may_change and self.value._version != self.version:
+        value = self.value if self.unpack is None else self.unpack(self.value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        if self.memory is not None and self.memory() is not (memory := _memory(value)):
+            self.memory, self.version = weakref.ref(memory), value._version
+        if value._version != self.version and not may_change and (strict or self.memory is None):
             text = "Tensor cached during selective activation checkpoint has been mutated"
             raise (
                 SavedOutputChanged(text, fix="do not select operators whose outputs are changed in place")
-                if (strict)
+                if strict
                 else RuntimeError(text)
             )
         # Autograd writes its history onto the tensor a mode returns; one that is used again needs a fresh alias.
-        return detach_below_autograd(self.value) if again else self.value
+        return detach_below_autograd(value) if again or self.memory is not None else value
+
+
+def _memory(x: torch.Tensor) -> Any:
+    """What tells whether two tensors share memory, by identity."""
+    try:
+        return x.untyped_storage()
+    except (RuntimeError, NotImplementedError):  # sparse, or a subclass without one
+        return x
 
 
 class _Entry:
