@@ -51,11 +51,5 @@ class Contexts:
             if self._log is not None:
                 self._log.replay.entries.clear()
                 stack.enter_context(self._log.replay.recording())
-            if hasattr(self._forward, "paused"):  # the forward mode may still be on, around this replay
-                self._forward.paused += 1
-                stack.callback(self._resume)
             stack.enter_context(self._replay)
             yield
-
-    def _resume(self) -> None:
-        self._forward.paused -= 1

@@ -41,3 +41,13 @@ def is_recomputing() -> bool:
             self.tokens_seen += x.numel()
     """
     return here.replaying > 0
+
+
+def replaying(until: Region) -> Region | None:
+    """The region of the innermost replay on this thread, not looking beyond the record of ``until``."""
+    frame = here.frame
+    while frame is not None and frame is not until:
+        if type(frame) is Frame:
+            return frame.region
+        frame = frame.outer
+    return None

@@ -6,8 +6,14 @@ replay and answers those operators from what was kept.
 Note [Kept outputs]
     A kept output is found by its operator and by how many calls of that operator came before it. In a region of
     ``dc.*`` it may be asked for again, by a second backward or a double backward: it is dropped at its use only when
-    the running backward frees the graph, and one that is gone is computed again. In ``compat`` a second
+    the backward that replays the region frees the graph, and one that is gone is computed again. In ``compat`` a second
     use is torch's error.
+
+Note [Whose operators]
+    A mode sees every operator that runs while it is on, also those of a replay that a gradient taken inside causes:
+    the region's own during its record, or one of a region nested in it. How often and how far the engine replays is
+    its own business and differs between record and replay, so these operators are neither counted, kept nor answered:
+    only those of the function's one run are.
 
 Note [Random operators]
     A kept output of a random operator is not drawn again, so the generators must jump to where the operator left
@@ -51,6 +57,7 @@ from distckpt._torch import (
 from distckpt.engine import rng
 from distckpt.engine.region import Region
 from distckpt.engine.replay import is_engine_hook
+from distckpt.engine.state import replaying
 from distckpt.policy.errors import OffloadRefused, SavedOutputChanged, SelectiveMismatch
 
 
@@ -189,6 +196,14 @@ class _Selective:
     def region(self) -> Region | None:
         return None if self._region is None else self._region()
 
+    def _is_beside(self, func: Any) -> bool:
+        return func in SAC_IGNORED_OPS or (self._casts and func is _CAST)
+
+    def _replayed_by(self) -> Region | None:
+        """The region whose replay runs the present operator, see Note [Whose operators]."""
+        region = self.region
+        return None if region is None else replaying(region)
+
     @property
     def strict(self) -> bool:
         region = self.region
@@ -205,7 +220,6 @@ class CachingMode(_Selective, OriginalCachingMode):
         self.ac_graph_id = ac_graph_id
         self.func_counter: dict[Any, int] = defaultdict(int)
         self.respect_saved_tensors_hooks: bool | None = None
-        self.paused = 0  # a replay during the record (a gradient taken inside) is not part of the record
 
     def bind_region(self, region: Region) -> None:
         super().bind_region(region)
@@ -213,7 +227,7 @@ class CachingMode(_Selective, OriginalCachingMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.paused or func in SAC_IGNORED_OPS or (self._casts and func is _CAST):
+        if self._is_beside(func) or self._replayed_by() is not None:
             return func(*args, **kwargs)
         before = [(s, s.get_state()) for s in self._streams()] if self._may_draw(func) else ()
         out = func(*args, **kwargs)
@@ -288,13 +302,18 @@ class CachedMode(_Selective, OriginalCachedMode):
         self.storage = storage
         self.allow_cache_entry_mutation = allow_cache_entry_mutation
         self.func_counter: dict[Any, int] = defaultdict(int)
+        self._last_use = False
 
     def __enter__(self) -> Any:
         self.func_counter.clear()
+        # Asked now: later in the replay the running backward may be that of a gradient taken inside.
+        r = self.region
+        ends = r is not None and r.closed and r.session is None
+        self._last_use = ends and graph_task_id() != -1 and not keep_graph()
         return TorchDispatchMode.__enter__(self)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in SAC_IGNORED_OPS or (self._casts and func is _CAST):
+        if self._is_beside(func) or self._replayed_by() not in (None, self.region):
             return func(*args, **(kwargs or {}))
         key = compiled_region_key(func, args)
         index = self.func_counter[key]
@@ -307,17 +326,12 @@ class CachedMode(_Selective, OriginalCachedMode):
             raise RuntimeError(_EXTRA_BACKWARD)
         if entry is _RECOMPUTE or entry is _CONSUMED:
             return func(*args, **(kwargs or {}))
-        again = self.strict and not self._last_use()
+        again = self.strict and not self._last_use
         if not again:
             calls[index] = _CONSUMED
         for stream, state in entry.after or ():
             stream.set_state(state)
         return tree_map(lambda x: x.get(self.allow_cache_entry_mutation, self.strict, again), entry.out)
-
-    def _last_use(self) -> bool:
-        r = self.region
-        assert r is not None
-        return r.closed and r.session is None and graph_task_id() != -1 and not keep_graph()
 
     def _unknown(self, func: Any, index: int, calls: Any, args: Any, kwargs: Any) -> Any:
         if calls is None:

@@ -214,3 +214,43 @@ def test_rrelu_and_a_gradient_inside_a_nested_region_of_a_selective_region(
     )
     program = p.Program((outer,), "backward", 0, 1, False, False, False, 0)
     assert judge(program, engine("dc")).kind == "equal"
+
+
+def _nested(body: tuple[p.Step, ...], selective: str, *before: p.Step) -> p.Region:
+    """A selective region with a region of ``body`` in it, ``before`` running ahead of that one."""
+    inner = p.Region(body, ((0, "arg"),), "tensor", "function", p.Options(early_stop=False))
+    options = p.Options(early_stop=False, selective=selective)
+    return p.Region((*before, inner), ((0, "arg"),), "tensor", "function", options)
+
+
+_RRELU = p.InnerGrad(0, (p.Draw("rrelu", 0),), False, False, False)
+
+
+@pytest.mark.parametrize(
+    "outer",
+    [
+        _nested((p.Unary("sin", 0), _RRELU), "list: sin, mm, addmm"),
+        _nested(
+            (p.InnerGrad(0, (p.Draw("rrelu", 0),), True, False, False),), "policy: alternate", p.GradHook(0)
+        ),
+    ],
+)
+def test_a_gradient_through_rrelu_inside_a_region_of_a_selective_region_is_exact(outer: p.Region) -> None:
+    # the second replay of the nested region was taken for the user's hooks, and what the outer one kept for a save
+    program = p.Program((outer,), "backward", 0, 1, False, False, False, 0)
+    assert judge(program, engine("dc")).kind == "equal"
+
+
+def test_hooks_on_a_kept_output_under_copying_hooks_run_in_a_second_backward_too() -> None:
+    hooked = p.Region(
+        (p.Unary("sin", 0), p.GradHook(0), p.GradHook(0)),
+        ((1, "arg"),),
+        "tuple",
+        "function",
+        p.Options(early_stop=False),
+    )
+    inner = p.InnerGrad(0, (p.Unary("sin", 0), hooked), True, False, False)
+    options = p.Options(early_stop=False, selective="policy: alternate")
+    outer = p.Region((inner,), ((0, "arg"),), "tensor", "function", options)
+    program = p.Program((p.Within("hooks", (outer,)),), "backward twice", 0, 1, False, False, False, 0)
+    assert judge(program, engine("dc")).kind == "equal"

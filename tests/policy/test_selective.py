@@ -26,6 +26,22 @@ def contexts(policy: Any, **options: Any) -> Callable[[], Any]:
     return functools.partial(dc.create_selective_checkpoint_contexts, policy, **options)
 
 
+def same_as_plain(program: Callable[[Any], list[torch.Tensor]]) -> None:
+    """``program`` with ``dc.checkpoint`` for its regions, and with calls that ignore the options, to the bit."""
+    torch.manual_seed(0)
+    expected = program(lambda fn, *args, **options: fn(*args))
+    torch.manual_seed(0)
+    assert all(torch.equal(a, b) for a, b in zip(expected, program(dc.checkpoint), strict=True))
+
+
+def hooks(pack: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+
+
+def twice(out: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
+    return [torch.autograd.grad(out.sum(), x, retain_graph=True)[0] for _ in range(2)]
+
+
 def work(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     y = torch.native_dropout((x @ w).relu().sin(), 0.3, True)[0]
     return (y @ w).exp().sin() @ w
@@ -310,3 +326,102 @@ def test_users_saved_tensor_hooks_see_what_a_selective_region_keeps() -> None:
             )
         assert seen.count(torch.Size([4, 6])) - 1 == expected  # the input w has that shape too
         out.sum().backward()
+
+
+def test_what_a_region_keeps_does_not_pass_through_an_outer_replay_that_must_run_to_its_end() -> None:
+    """A gradient of RReLU taken inside replays twice; the second replay's hooks are the engine's, not a user's."""
+
+    def program(region: Any) -> list[torch.Tensor]:
+        def fn(x: torch.Tensor) -> torch.Tensor:
+            y = region(torch.sin, x, context_fn=contexts([aten.sin.default]))
+            (g,) = torch.autograd.grad(F.rrelu(y, 0.1, 0.4, training=True).sum(), x)
+            return g * x
+
+        x = leaf(6)
+        out = region(fn, x * 2.0)
+        return [out, *torch.autograd.grad(out.sum(), x)]
+
+    same_as_plain(program)
+
+
+def test_replays_of_a_nested_region_are_no_operators_of_the_selective_one() -> None:
+    """The record replays the nested region twice, the replay under a session once: nothing may be counted by that."""
+
+    def program(region: Any) -> list[torch.Tensor]:
+        def inner(x: torch.Tensor) -> torch.Tensor:
+            y = x.sin().exp().sum()
+            return x + sum(torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2))
+
+        def outer(x: torch.Tensor) -> torch.Tensor:
+            return region(inner, x).sin().exp()
+
+        x = leaf(6)
+        out = region(outer, x * 2.0, context_fn=contexts([aten.sin.default]))
+        with dc.session():
+            return list(torch.autograd.grad(out.sum(), x))
+
+    same_as_plain(program)
+
+
+@pytest.mark.parametrize("pack", [torch.clone, lambda t: t], ids=["copying", "identity"])
+def test_a_kept_output_under_users_hooks_comes_back_without_history(pack: Any) -> None:
+    """A hook put on it in one replay made the next replay lose its own."""
+
+    def hooked(x: torch.Tensor) -> torch.Tensor:
+        y = x * 1.0
+        y.register_hook(lambda g: g * 0.5)
+        return y
+
+    def program(region: Any) -> list[torch.Tensor]:
+        def fn(x: torch.Tensor) -> torch.Tensor:
+            y = region(lambda t: hooked(t.sin()), x.sin()).sum()
+            return torch.autograd.grad(y, x, create_graph=True)[0]
+
+        x = leaf(6)
+        with hooks(pack):
+            out = region(fn, x, context_fn=contexts([aten.mul.Tensor]), early_stop=False)
+        return twice(out, x)
+
+    same_as_plain(program)
+
+
+@pytest.mark.parametrize("pack", [torch.clone, lambda t: t], ids=["copying", "identity"])
+def test_a_kept_output_under_users_hooks_that_was_changed_in_place_is_refused(pack: Any) -> None:
+    """By the forward when the hooks hand it through, by the first replay when they copy it."""
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        y = x.sin()
+        y.mul_(0.5)
+        return y.exp()
+
+    x = leaf(6)
+    with hooks(pack):
+        out = dc.checkpoint(fn, x, context_fn=contexts([aten.sin.default]))
+    with pytest.raises(SavedOutputChanged):
+        twice(out, x)
+
+
+def test_users_hooks_may_hand_out_a_new_tensor_each_time() -> None:
+    def written(array: Any) -> torch.Tensor:
+        return torch.zeros(array.shape, dtype=torch.tensor(array).dtype).copy_(torch.tensor(array))
+
+    def program(region: Any) -> list[torch.Tensor]:
+        x, w = leaf(4, 4), leaf(4, 4, seed=2)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy().copy(), written):
+            out = region(work, x, w, context_fn=contexts(MATMULS))
+        return twice(out, w)
+
+    same_as_plain(program)
+
+
+def test_a_gradient_taken_in_a_replay_does_not_use_up_what_a_retained_graph_needs() -> None:
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            y = x.detach().requires_grad_()
+            return torch.autograd.grad((y @ y).sum(), y)[0] * x.sin().exp()
+
+    x = leaf(4, 4)
+    out = dc.checkpoint(fn, x, context_fn=contexts([aten.mm.default]), early_stop=False)
+    with Count() as count:
+        twice(out, x)
+    assert count.ops[aten.mm.default] == 0
