@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +69,23 @@ def test_every_rule_names_a_test() -> None:
     assert [int(n) for n in numbers] == list(range(1, len(numbers) + 1))
     for number, text in zip(numbers, texts, strict=True):
         assert "`test_" in text, f"rule {number} names no test"
+
+
+def test_the_tutorials_blocks_run_in_order_and_print_what_the_page_says() -> None:
+    page = (ROOT / "docs" / "tutorial.md").read_text()
+    names: dict[str, object] = {"__name__": "tutorial"}
+    blocks = re.findall(r"^```python\n(.*?)^```\n(?:\n^```text\n(.*?)^```)?", page, re.S | re.M)
+    assert len(blocks) > 5
+    for number, (code, printed) in enumerate(blocks, 1):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile(code, f"tutorial, block {number}", "exec"), names)
+        assert out.getvalue() == printed, f"block {number}"
+
+
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    pytest.importorskip("material", reason="the site needs the dev extra")
+    command = [sys.executable, "-W", "ignore", "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "tutorial" / "index.html").is_file()
