@@ -17,7 +17,7 @@ import torch
 from distckpt._torch import pop_saved_tensors_hooks, push_saved_tensors_hooks, set_grad_enabled
 from distckpt.engine.inputs import Packed
 from distckpt.engine.oplog import Entry, OpLog
-from distckpt.engine.state import Frame, here
+from distckpt.engine.state import here
 
 if TYPE_CHECKING:
     from distckpt.engine.mismatch import Mismatch
@@ -109,10 +109,9 @@ def _run_again(r: Region, as_replay: bool) -> tuple[list[Entry], list[int]]:
         frame = here.frame
         replaying = here.replaying
         if as_replay:
-            here.frame = Frame(r, frame)
             here.replaying += 1
         else:
-            here.replaying = 0
+            here.frame, here.replaying = frame.outer, 0
         grad = torch.is_grad_enabled()
         set_grad_enabled(True)
         push_saved_tensors_hooks(pack, lambda x: x)

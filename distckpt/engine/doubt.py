@@ -47,7 +47,7 @@ def settle(region: Region, slot: Slot, doubtful: Doubtful) -> Any:
 
     with region.lock:
         region.early_stop = False
-        settling, here.settling = here.settling, True
+        settling, here.settling = here.settling, region
         try:
             value = None
             while value is None:  # another thread may take it first

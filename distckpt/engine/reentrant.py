@@ -20,7 +20,7 @@ from distckpt.engine.inputs import tensors
 from distckpt.engine.options import Options
 from distckpt.engine.region import Region, abort_region, close_region, open_region
 from distckpt.engine.replay import replay
-from distckpt.engine.state import Frame, here
+from distckpt.engine.state import here
 
 
 def detach_variable(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -111,15 +111,12 @@ def _recompute(region: Region, inputs: tuple[Any, ...]) -> Any:
     outputs: list[Any] = []
 
     def run(r: Region, fn: Any, args: list[Any], kwargs: dict[str, Any], draws: Any, mismatch: Any) -> None:
-        frame = Frame(r, here.frame)
-        here.frame = frame
         here.replaying += 1
         try:
             with torch.enable_grad():
                 outputs.append(r.context.copy().run(fn, *inputs))
         finally:
             here.replaying -= 1
-            here.frame = frame.outer
 
     with region.lock:
         replay(region, run)

@@ -93,6 +93,17 @@ def replay(r: Region, run: Any = None) -> None:
         CheckpointError: the run did not match the record; the slots are left empty.
         InputChanged: an owned input was changed in place since.
     """
+    frame = here.frame
+    here.frame = Frame(
+        r, frame
+    )  # from here on: a user's unpack hook is not part of what runs around the replay
+    try:
+        _replay(r, run or _run)
+    finally:
+        here.frame = frame
+
+
+def _replay(r: Region, run: Any) -> None:
     try:
         args = [a.unpack() if type(a) is SavedTensor else a for a in r.args]
     except RuntimeError:
@@ -119,7 +130,6 @@ def replay(r: Region, run: Any = None) -> None:
         held = [*(held or ()), *rng.rewind_idle(idle, r.idle)]
     now = ambient.snapshot()
     mismatch = Mismatch(r, (fn, args, kwargs))
-    run = run or _run
     if now == r.ambient and r.replay_context is None and r.buffers is None:
         try:
             run(r, fn, args, kwargs, draws, mismatch)
@@ -156,7 +166,9 @@ def _run(
     refs, closed = r.refs, r.closed
     # An unfinished record (a gradient is taken inside it) is never replayed past where it stands: what comes next would
     # happen twice. A value check wants every operator finished.
-    settling = here.settling and not closed  # its last operator must finish, and nothing after it may run
+    settling = (
+        here.settling is r and not closed
+    )  # its last operator must finish, and nothing after it may run
     early = not settling and (not closed or (r.early_stop and r.verifier is None))
     wanted = _last_living(refs) if early and r.options.strict else len(refs)
     last = refs[-1] if early and refs else None
@@ -204,8 +216,6 @@ def _run(
 
     if dynamo_callback() is not None:
         fn = functools.partial(call_without_dynamo, fn)
-    frame = Frame(r, here.frame)
-    here.frame = frame
     here.replaying += 1
     grad = torch.is_grad_enabled()
     set_grad_enabled(True)
@@ -218,7 +228,6 @@ def _run(
         pop_saved_tensors_hooks()
         set_grad_enabled(grad)
         here.replaying -= 1
-        here.frame = frame.outer
     reached = len(refs) - rest.__length_hint__()
     if reached < wanted:
         mismatch.fewer(reached)

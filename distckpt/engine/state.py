@@ -24,9 +24,7 @@ class _Thread(threading.local):
     frame: Frame | Region | None = None  # innermost; a Region is a record, a Frame is a replay
     replaying: int = 0
     last_cpu_state: Any = None  # an rng.CpuState: what the last region found or left
-    settling: bool = (
-        False  # a second replay that the engine itself needs, so its inputs may be unpacked again
-    )
+    settling: Region | None = None  # it is replayed a second time, as the engine itself needs it
 
 
 here = _Thread()
