@@ -181,6 +181,11 @@ def is_proxy_tracing() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
+def dispatch_mode_is_on() -> bool:
+    """Whether any dispatch mode is on, which autograd takes for tensor subclasses being about."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
     """Run our own bookkeeping ops where no user dispatch mode sees them."""
     from torch.utils._python_dispatch import _disable_current_modes

@@ -34,6 +34,7 @@ from distckpt.engine.errors import LateDevice, SuppressedException, UnstashedDra
 from distckpt.engine.events import counters
 from distckpt.engine.inputs import own, tensors
 from distckpt.engine.mismatch import mutated
+from distckpt.engine.modes import other_way
 from distckpt.engine.options import Options
 from distckpt.engine.replay import is_engine_hook, replay
 from distckpt.engine.slot import Slot
@@ -95,6 +96,8 @@ class Region:
     def _look_again(self, slot: Slot, value: Any) -> Any:
         if type(value) is Doubtful:
             value = settle(self, slot, value)
+        if value._version != slot.meta[3] and self.options.strict:
+            value = other_way(self, slot)
         if value._version != slot.meta[3]:
             raise mutated(self, value, slot.meta)
         return value
