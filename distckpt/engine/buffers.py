@@ -22,7 +22,7 @@ import torch
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _NormBase
 
-from distckpt._torch import preserve_versions
+from distckpt._torch import dispatch_mode_is_on, preserve_versions, without_dispatch_modes
 from distckpt.engine.errors import BufferChanged
 
 _PLAIN = frozenset({int, float, str, bool, type(None), torch.Tensor})
@@ -160,10 +160,12 @@ def watch(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Buffers | N
     if not roots:
         return None
     entries = []
-    for owner in dict.fromkeys(m for root in roots for m in _owners(root)):
-        for key, tensor in owner._buffers.items():
-            if tensor is not None:
-                entries.append(_Entry(owner, key, tensor))
+    # which buffers are copied is no matter of a mode around: it may differ between record and replay
+    with without_dispatch_modes() if dispatch_mode_is_on() else contextlib.nullcontext():
+        for owner in dict.fromkeys(m for root in roots for m in _owners(root)):
+            for key, tensor in owner._buffers.items():
+                if tensor is not None:
+                    entries.append(_Entry(owner, key, tensor))
     return Buffers(entries) if entries else None
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from distckpt._torch import without_dispatch_modes
 from distckpt.engine import errors
 from distckpt.engine.inputs import tensors
 
@@ -67,7 +68,8 @@ class Mismatch:
         elif not self.region.options.strict or _alias(x, tensors(self.call)):
             slot.meta = now
         elif self.region.buffers is not None and _alias(x, self.region.buffers.tensors()):
-            x = x.clone()  # the buffer itself gets its present value back when the replay ends
+            with without_dispatch_modes():
+                x = x.clone()  # the buffer itself gets its present value back when the replay ends
             slot.meta = (*now[:3], x._version)
         return x
 

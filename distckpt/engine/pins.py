@@ -28,7 +28,7 @@ class _Replace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, computed: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        return kept.view_as(kept)
+        return kept.detach()  # the one way to a new tensor that selective regions do not count
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

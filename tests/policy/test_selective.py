@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distckpt as dc
+from distckpt.engine.errors import BufferChanged
 from distckpt.policy.errors import OffloadRefused, SavedOutputChanged
 from tests.engine.exact import Region, exact, leaf
 
@@ -425,3 +426,121 @@ def test_a_gradient_taken_in_a_replay_does_not_use_up_what_a_retained_graph_need
     with Count() as count:
         twice(out, x)
     assert count.ops[aten.mm.default] == 0
+
+
+def test_a_users_unpack_hook_is_no_operator_of_the_region_around() -> None:
+    """It runs once per replay of the nested region: twice in the record, once in the replay under a session."""
+
+    def program(region: Any) -> list[torch.Tensor]:
+        def inner(x: torch.Tensor) -> torch.Tensor:
+            y = x.sin().sum()
+            return x + sum(torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2))
+
+        def outer(x: torch.Tensor) -> torch.Tensor:
+            return region(inner, x).clone().exp()
+
+        x = leaf(6)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
+            out = region(outer, x * 2.0, context_fn=contexts([aten.clone.default]))
+        with dc.session():
+            return list(torch.autograd.grad(out.sum(), x))
+
+    same_as_plain(program)
+
+
+@pytest.mark.parametrize("kept", [aten.clone.default, aten.copy_.default, aten.detach.default])
+def test_rewinding_buffers_is_no_operator_of_the_region_around(kept: Any) -> None:
+    def program(region: Any) -> list[torch.Tensor]:
+        norm = torch.nn.BatchNorm1d(4)
+
+        def inner(x: torch.Tensor) -> torch.Tensor:
+            y = norm(x).sin().sum()
+            return x + sum(torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2))
+
+        def outer(x: torch.Tensor) -> torch.Tensor:
+            return region(inner, x).clone().exp()
+
+        x = leaf(6, 4)
+        out = region(outer, x * 2.0, context_fn=contexts([kept]), early_stop=False)
+        with dc.session():
+            return list(torch.autograd.grad(out.sum(), x))
+
+    same_as_plain(program)
+
+
+def test_a_kept_clone_in_a_nested_region_with_buffers_is_exact() -> None:
+    def program(region: Any) -> list[torch.Tensor]:
+        norm = torch.nn.BatchNorm1d(4)
+
+        def outer(x: torch.Tensor) -> torch.Tensor:
+            return region(lambda t: norm(t).clone().sin(), x).clone().exp()
+
+        x = leaf(6, 4)
+        out = region(outer, x * 2.0, context_fn=contexts([aten.clone.default]), early_stop=False)
+        return twice(out, x)
+
+    same_as_plain(program)
+
+
+class Counting(torch.nn.Module):
+    """Multiplies by how often it was called."""
+
+    calls: torch.Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1.0)
+        return (x * self.calls).clone().exp()
+
+
+def test_the_copy_of_a_changed_buffer_is_no_operator_of_the_region() -> None:
+    x, module = leaf(6), Counting(6)
+    out = dc.checkpoint(module, x, context_fn=contexts([aten.clone.default]), early_stop=False)
+    module(x)
+    (got,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(got, torch.autograd.grad(Counting(6)(x).sum(), x)[0])
+
+
+def test_buffers_that_become_known_to_change_after_the_record_are_exact() -> None:
+    """The replay copies them before the nested forward, and the record did not."""
+
+    class Sometimes(torch.nn.Module):
+        calls: torch.Tensor
+        change = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(2048))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.change:
+                self.calls.add_(1.0)
+            return x.sin()
+
+    x, module = leaf(6), Sometimes()
+    out = dc.checkpoint(
+        lambda t: dc.checkpoint(module, t).clone().exp(), x, context_fn=contexts([aten.clone.default])
+    )
+    module.change = True
+    with pytest.raises(BufferChanged):
+        dc.checkpoint(module, x)
+    module.change = False
+    (got,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(got, torch.autograd.grad(x.sin().exp().sum(), x)[0])
+
+
+@pytest.mark.parametrize("kept", [aten.view.default, aten.clone.default, aten.sin.default])
+def test_a_pin_in_a_selective_region_is_exact(kept: Any) -> None:
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        order = dc.pin(x.abs().topk(3).indices)
+        weight = dc.pin(x.sin())
+        return (x[order].clone() * weight[:3]).exp().view(3).sin()
+
+    def program(region: Any) -> list[torch.Tensor]:
+        x = leaf(6)
+        return twice(region(fn, x * 2.0, context_fn=contexts([kept]), early_stop=False), x)
+
+    same_as_plain(program)
