@@ -74,17 +74,17 @@ def _step(step: p.Step, selective: bool, in_selective: bool) -> p.Step:
     return step
 
 
-def without_hooks(program: p.Program) -> p.Program:
-    """Return the program without the user's saved-tensor hooks."""
-    return replace(program, body=_without_hooks(program.body))
+def without_hooks(program: p.Program, *kinds: str) -> p.Program:
+    """Return the program without the user's saved-tensor hooks of some kinds."""
+    return replace(program, body=_without_hooks(program.body, kinds))
 
 
-def _without_hooks(body: tuple[p.Step, ...]) -> tuple[p.Step, ...]:
+def _without_hooks(body: tuple[p.Step, ...], kinds: tuple[str, ...]) -> tuple[p.Step, ...]:
     steps: list[p.Step] = []
     for step in body:
         if isinstance(step, p.InnerGrad | p.Within | p.Region):
-            step = replace(step, body=_without_hooks(step.body))
-        if isinstance(step, p.Within) and step.context == "hooks":
+            step = replace(step, body=_without_hooks(step.body, kinds))
+        if isinstance(step, p.Within) and step.context in kinds:
             steps += step.body
         else:
             steps.append(step)

@@ -32,8 +32,10 @@ FINISH = (
     "inputs",
     "outputs one by one",
     "double backward",
+    "session",
     "drop",
 )
+HOOKS = ("hooks", "identity hooks", "fresh hooks")
 
 _index = st.integers(0, 7)
 
@@ -55,7 +57,7 @@ def _leaf_steps(in_place: st.SearchStrategy[bool]) -> st.SearchStrategy[Any]:
 # the reentrant forward runs without a graph, where changing a value itself means something else than in its
 # replay
 _LEAF = {False: _leaf_steps(st.booleans()), True: _leaf_steps(st.just(True))}
-_CONTEXT = st.sampled_from(("autocast", "no autocast", "no_grad", "hooks"))
+_CONTEXT = st.sampled_from(("autocast", "no autocast", "no_grad", *HOOKS))
 
 
 def _options(reentrant: bool) -> st.SearchStrategy[p.Options]:
@@ -109,14 +111,35 @@ def regions(draw: st.DrawFn, depth: int, reentrant: bool) -> p.Region:
 
 
 @st.composite
+def gradients_in_selective(draw: st.DrawFn) -> p.Region:
+    """Draw a selective region around a region that takes a gradient, which is where most was found."""
+
+    def some(most: int) -> tuple[p.Step, ...]:
+        return draw(_steps(1, False, 0, most))
+
+    rrelu = st.builds(p.Draw, st.just("rrelu"), _index)
+    last = draw(st.one_of(rrelu, _LEAF[False], regions(1, False)))
+    grad = p.InnerGrad(
+        draw(_index), (*some(2), last), draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
+    )
+    inner = draw(regions(0, False))
+    inner = replace(inner, body=(*some(2), grad, *some(2)), options=replace(inner.options, preserve_rng=True))
+    outer = draw(regions(0, False))
+    kept = draw(st.sampled_from(SELECTIVE))
+    options = replace(outer.options, preserve_rng=True, selective=kept)
+    return replace(outer, body=(*some(2), inner, *some(2)), options=options)
+
+
+@st.composite
 def programs(draw: st.DrawFn, depth: int = 3) -> p.Program:
     """Draw a program with at least one region."""
     reentrant = draw(st.sampled_from((False,) * 6 + (True,)))
     before = draw(_steps(0, reentrant, 0, 2))
-    first = draw(regions(depth - 1, reentrant))
+    kinds = [regions(depth - 1, reentrant)] * 3
+    first = draw(st.one_of(kinds if reentrant else [*kinds, gradients_in_selective()]))
     after = draw(_steps(1, reentrant, 0, 3))
     second = draw(st.one_of(st.just(()), st.tuples(regions(1, reentrant))))
-    wrap = draw(st.sampled_from((None, None, None, "autocast", "hooks")))
+    wrap = draw(st.sampled_from((None, None, None, None, "autocast", *HOOKS)))
     body: tuple[p.Step, ...] = (*before, first, *after, *second)
     if wrap is not None:
         body = (p.Within(wrap, body),)

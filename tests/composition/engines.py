@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,6 +59,10 @@ class Engine:
     def ours(self) -> bool:
         """Whether this is the ``dc`` surface, where nothing may be silently wrong."""
         return self.name == "dc"
+
+    def session(self) -> AbstractContextManager[Any]:
+        """Return a session, in which regions share one replay; only ``dc`` has them."""
+        return self.module.session() if self.ours else nullcontext()
 
     def region(
         self,

@@ -17,6 +17,11 @@ from . import program as p
 from .engines import Engine
 
 SHAPE = (4, 4)
+_HOOKS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "hooks": (lambda x: x.clone(), lambda x: x),
+    "identity hooks": (lambda x: x, lambda x: x),
+    "fresh hooks": (lambda x: x.clone(), lambda x: x.clone()),
+}
 
 
 @dataclass
@@ -172,8 +177,8 @@ class Machine:
         """Return the context manager called ``name``."""
         if name == "no_grad":
             return torch.no_grad()
-        if name == "hooks":
-            return torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x)
+        if name in _HOOKS:
+            return torch.autograd.graph.saved_tensors_hooks(*_HOOKS[name])
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=name == "autocast")
 
     def region(self, step: p.Region, env: list[torch.Tensor]) -> None:
@@ -291,6 +296,10 @@ def _finish(machine: Machine, env: list[torch.Tensor], loss: torch.Tensor) -> No
         case "backward twice":
             loss.backward(retain_graph=True)
             loss.backward()
+        case "session":
+            with machine.engine.session():
+                loss.backward(retain_graph=True)
+                loss.backward()
         case "subset then backward":
             grad(loss, some, retain_graph=True)
             loss.backward()

@@ -98,7 +98,11 @@ class InnerGrad:
 
 @dataclass(frozen=True)
 class Within:
-    """Steps under a context: autocast, no autocast, no_grad or hooks (a user's saved-tensor hooks)."""
+    """Steps under a context: autocast, no autocast, no_grad or a user's saved-tensor hooks.
+
+    The hooks copy and hand out the copy (``hooks``) or a new copy each time (``fresh hooks``), or hand the tensor
+    through (``identity hooks``).
+    """
 
     context: str
     body: tuple[Step, ...]
