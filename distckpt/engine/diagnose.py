@@ -106,8 +106,8 @@ def _run_again(r: Region, as_replay: bool) -> tuple[list[Entry], list[int]]:
         return x.detach()
 
     def run(r: Region, fn: Any, args: list[Any], kwargs: dict[str, Any], draws: Any, mismatch: Any) -> None:
-        frame = here.frame
-        replaying = here.replaying
+        frame, replaying = here.frame, here.replaying
+        assert frame is not None  # this replay's own
         if as_replay:
             here.replaying += 1
         else:
