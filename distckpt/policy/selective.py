@@ -28,6 +28,7 @@ Note [Autocast]
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import warnings
@@ -46,6 +47,7 @@ from distckpt._torch import (
     OriginalPolicy,
     compiled_region_key,
     detach_below_autograd,
+    dispatch_mode_is_on,
     graph_task_id,
     has_ordered_effect,
     ignored_operators,
@@ -53,6 +55,7 @@ from distckpt._torch import (
     keep_graph,
     original_selective_contexts,
     user_saved_tensors_hooks,
+    without_dispatch_modes,
 )
 from distckpt.engine import rng
 from distckpt.engine.region import Region
@@ -134,7 +137,9 @@ class _Kept:
             self.version = value._version
             if hooks is not None:
                 self.memory, self.unpack = weakref.ref(_memory(value)), hooks[1]
-                value = hooks[0](value)
+                # what a hook does is no operator of a selective region around either
+                with without_dispatch_modes() if dispatch_mode_is_on() else contextlib.nullcontext():
+                    value = hooks[0](value)
         self.value = value
 
     def get(self, may_change: bool, strict: bool, again: bool) -> Any:

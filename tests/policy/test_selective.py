@@ -544,3 +544,21 @@ def test_a_pin_in_a_selective_region_is_exact(kept: Any) -> None:
         return twice(region(fn, x * 2.0, context_fn=contexts([kept]), early_stop=False), x)
 
     same_as_plain(program)
+
+
+def test_a_users_pack_hook_for_what_a_nested_selective_region_keeps_is_no_operator_of_the_one_around() -> (
+    None
+):
+    """The hooks are on in the record only, so the replay of the outer region runs no pack."""
+
+    def program(region: Any) -> list[torch.Tensor]:
+        def outer(x: torch.Tensor) -> torch.Tensor:
+            y = region(lambda t: t.sin().exp(), x, context_fn=contexts([aten.sin.default]))
+            return y.clone().cos() * x.clone()
+
+        x = leaf(6)
+        with hooks(torch.clone):
+            out = region(outer, x * 2.0, context_fn=contexts([aten.clone.default]), early_stop=False)
+        return twice(out, x)
+
+    same_as_plain(program)
