@@ -9,7 +9,20 @@ from hypothesis import strategies as st
 
 from . import program as p
 
-UNARY = ("sin", "cos", "tanh", "sigmoid", "gelu", "relu", "softmax", "square", "halve", "exp", "detach")
+UNARY = (
+    "sin",
+    "cos",
+    "tanh",
+    "sigmoid",
+    "gelu",
+    "relu",
+    "softmax",
+    "square",
+    "halve",
+    "exp",
+    "detach",
+    "pin",
+)
 BINARY = ("add", "sub", "mul", "mm", "where")
 DRAWS = ("dropout", "dropout", "noise", "rrelu", "bernoulli")
 VIEWS = ("t", "view", "narrow", "expand", "chunk", "select", "flip")

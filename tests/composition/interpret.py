@@ -72,6 +72,7 @@ class Machine:
         self.outcome = Outcome()
         self.hook_calls = 0
         self.inner_grads = 0
+        self.fresh: dict[int, bool] = {}
         self.entered: list[tuple[torch.Tensor, int, bool]] = []
         dtype = torch.float64 if program.double else torch.float32
         source = torch.Generator().manual_seed(program.seed)
@@ -121,7 +122,8 @@ class Machine:
                 env.append(ops.VIEW[op](at(src)))
             case p.InPlace(op, src, fresh):
                 target = env[-1 - src % min(2, len(env))]
-                if fresh or _is_leaf(target):
+                # decided once: what autograd hands to a replay is no view any more
+                if self.fresh.setdefault(id(step), fresh or _is_leaf(target)):
                     target = target * 1.0
                 ops.IN_PLACE[op](target)
                 env.append(target)

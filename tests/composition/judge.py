@@ -66,6 +66,10 @@ def left_out(program: p.Program) -> str | None:
     return None
 
 
+def _has(program: p.Program, context: str) -> bool:
+    return any(isinstance(step, p.Within) and step.context == context for step, _ in p.walk(program.body))
+
+
 def _keeps_and_changes(program: p.Program) -> bool:
     """Say whether there are selective regions and in-place ops, which may hit a result that was to be kept."""
     steps = [step for step, _ in p.walk(program.body)]
@@ -82,8 +86,8 @@ def judge(program: p.Program, engine: Engine) -> Verdict:
         return Verdict("left out", reason)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # under hooks that do nothing autograd does not see changes in place, so the reference is a run without them
-        expected = run(without_hooks(program, "identity hooks"), PLAIN)
+        # under hooks that do nothing autograd does not see changes in place, so the reference is a run without hooks
+        expected = run(without_hooks(program, *HOOKS) if _has(program, "identity hooks") else program, PLAIN)
         if expected.error is not None:
             return Verdict("no reference", f"{type(expected.error).__name__}: {expected.error}"[:160])
         if expected.changed == "closure":
@@ -103,6 +107,9 @@ def judge(program: p.Program, engine: Engine) -> Verdict:
         raise Disagreement(f"plain autograd runs, {engine.name} raises: {got.error!r}") from got.error
     found = difference(expected, got)
     if found is not None:
+        hookless = run(without_hooks(program, *HOOKS), PLAIN)
+        if difference(expected, hookless) is not None and difference(expected, got, exact=False) is None:
+            return Verdict("no reference", "copies that hooks make have other strides, and round otherwise")
         raise Disagreement(f"{engine.name}: {found}")
     return Verdict("equal")
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+import distckpt as dc
+
 Op = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -32,6 +34,7 @@ UNARY: dict[str, Op] = {
     "halve": lambda x: x * 0.5,
     "exp": lambda x: x.tanh().exp(),
     "detach": lambda x: x.detach(),
+    "pin": dc.pin,
 }
 
 BINARY: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
