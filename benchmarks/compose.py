@@ -2,6 +2,7 @@
 
     python benchmarks/compose.py                          dc and compat, 10,000 each
     python benchmarks/compose.py --engine dc --count 500 --seed 7 --no-write
+    python benchmarks/compose.py --count 2500 --more      goes on where the result files end, for a run in parts
     python benchmarks/compose.py --again                  runs again what failed in the result files
 
 Programs come in chunks with a seed each. A chunk that meets a disagreement stops at the shrunk program,
@@ -60,6 +61,19 @@ def run(name: str, count: int, start: int) -> dict[str, Any]:
     }
 
 
+def more(name: str, count: int) -> dict[str, Any]:
+    """Judge ``count`` programs from the seed after the last of a result file, and add them to it."""
+    result = json.loads((RESULTS / f"compose-{name}.json").read_text())
+    found = run(name, count, result["seeds"][1] + 1)
+    result["seeds"][1] = found["seeds"][1]
+    for key in ("programs", "asked", "seconds", "failures"):
+        result[key] += found[key]
+    for key in ("verdicts", "reasons", "features"):
+        result[key] = dict((Counter(result[key]) + Counter(found[key])).most_common())
+    result["features"] = dict(sorted(result["features"].items()))
+    return {key: value for key, value in result.items() if key not in ("command", "machine")}
+
+
 def again(name: str) -> dict[str, Any]:
     """Run the chunks that failed in a result file once more; those that pass now are kept as ``mended``."""
     result = json.loads((RESULTS / f"compose-{name}.json").read_text())
@@ -87,12 +101,16 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=10_000, help="programs per engine")
     parser.add_argument("--seed", type=int, default=1_000, help="seed of the first chunk")
     parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument("--more", action="store_true", help="add to the result files instead of new ones")
     parser.add_argument("--again", action="store_true", help="only what failed in the result files")
     options = parser.parse_args()
     torch.set_num_threads(1)
     failed = 0
     for name in options.engine.split(","):
-        result = again(name) if options.again else run(name, options.count, options.seed)
+        if options.again or options.more:
+            result = again(name) if options.again else more(name, options.count)
+        else:
+            result = run(name, options.count, options.seed)
         failed += bool(result["failures"])
         print(
             f"{name}: {result['programs']} programs, {result['verdicts']}, {len(result['failures'])} failures"
