@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -141,16 +142,20 @@ def give_back(value: Any, where: str) -> Any:
     return value
 
 
-def marks(value: Any) -> list[tuple[int, int]]:
+def marks(value: Any) -> list[tuple[Any, int]]:
     """Memory and version of every tensor in ``value``, for :func:`check_marks`."""
-    return [(_address(t), t._version) for t in tensors(value)]
+    return [(weakref.ref(memory(t)), t._version) for t in tensors(value)]
 
 
-def _address(tensor: torch.Tensor) -> int:
-    return tensor.data_ptr() if type(tensor) in (torch.Tensor, torch.nn.Parameter) else 0
+def memory(x: torch.Tensor) -> Any:
+    """An object that two tensors share if and only if they share memory; not an address, which is used again."""
+    try:
+        return x.untyped_storage()
+    except (RuntimeError, NotImplementedError):  # sparse, or a subclass without one
+        return x
 
 
-def check_marks(then: list[tuple[int, int]], value: Any) -> None:
+def check_marks(then: list[tuple[Any, int]], value: Any) -> None:
     """Refuse inputs that are the same memory as at record, changed in place since.
 
     A user's ``saved_tensors_hooks`` may hand a saved tensor through as it is, and autograd does not compare
@@ -159,8 +164,8 @@ def check_marks(then: list[tuple[int, int]], value: Any) -> None:
     Raises:
         InputChanged: an input was changed.
     """
-    for i, ((address, version), now) in enumerate(zip(then, tensors(value), strict=False)):
-        if address and address == _address(now) and now._version > version:
+    for i, ((at, version), now) in enumerate(zip(then, tensors(value), strict=False)):
+        if now._version > version and at() is memory(now):
             raise InputChanged(
                 f"tensor {i} of the inputs of a region was changed in place between forward and replay",
                 why=f"it is at version {now._version}; the region was recorded with version {version}",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from distckpt._torch import detach_below_autograd, dispatch_mode_is_on, without_dispatch_modes
+from distckpt.engine.inputs import memory
 from distckpt.policy.errors import SavedOutputChanged
 
 
@@ -27,7 +28,7 @@ class Kept:
             value = detach_below_autograd(value)
             self.version = value._version
             if hooks is not None:
-                self.memory, self.unpack = weakref.ref(_memory(value)), hooks[1]
+                self.memory, self.unpack = weakref.ref(memory(value)), hooks[1]
                 # what a hook does is no operator of a selective region around either
                 with without_dispatch_modes() if dispatch_mode_is_on() else contextlib.nullcontext():
                     value = hooks[0](value)
@@ -37,8 +38,8 @@ class Kept:
         value = self.value if self.unpack is None else self.unpack(self.value)
         if not isinstance(value, torch.Tensor):
             return value
-        if self.memory is not None and self.memory() is not (memory := _memory(value)):
-            self.memory, self.version = weakref.ref(memory), value._version
+        if self.memory is not None and self.memory() is not (found := memory(value)):
+            self.memory, self.version = weakref.ref(found), value._version
         if value._version != self.version and not may_change and (strict or self.memory is None):
             text = "Tensor cached during selective activation checkpoint has been mutated"
             raise (
@@ -48,14 +49,6 @@ class Kept:
             )
         # Autograd writes its history onto the tensor a mode returns; one that is used again needs a fresh alias.
         return detach_below_autograd(value) if again or self.memory is not None else value
-
-
-def _memory(x: torch.Tensor) -> Any:
-    """What tells whether two tensors share memory, by identity."""
-    try:
-        return x.untyped_storage()
-    except (RuntimeError, NotImplementedError):  # sparse, or a subclass without one
-        return x
 
 
 class Entry:

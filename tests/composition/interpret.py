@@ -20,7 +20,7 @@ SHAPE = (4, 4)
 _HOOKS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "hooks": (lambda x: x.clone(), lambda x: x),
     "identity hooks": (lambda x: x, lambda x: x),
-    "fresh hooks": (lambda x: x.clone(), lambda x: x.clone()),
+    "fresh hooks": (lambda x: x.clone(), lambda x: torch.empty_like(x).copy_(x)),
 }
 
 

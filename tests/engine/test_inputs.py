@@ -139,6 +139,21 @@ def test_an_input_offloaded_by_outer_hooks_leaves_the_device_copy(place: str) ->
     assert torch.equal(x.grad, want)
 
 
+def test_what_hooks_hand_out_where_the_input_was_is_not_taken_for_the_input() -> None:
+    """Its memory is used again by the next tensor of that size, which is at a version of its own."""
+
+    def unpack(t: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(t.shape).copy_(t)
+
+    for size in (4, 64, 1024):
+        x = leaf(size)
+        for _ in range(4):
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), unpack):
+                out = dc.checkpoint(torch.sin, x * 2.0).sum()
+            first, second = (torch.autograd.grad(out, x, retain_graph=True)[0] for _ in range(2))
+            assert torch.equal(first, second)
+
+
 @anywhere
 def test_an_input_is_gone_when_the_gradient_reaches_what_made_it(place: str) -> None:
     x = leaf(3, 4)
