@@ -1,0 +1,62 @@
+"""The room for private APIs of ``torch.distributed``: one name each, with what it is for and a version guard.
+
+The same rules as in ``distckpt._torch``; supported: torch 2.9 to 2.15.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+
+from distckpt._torch import composable_contract
+
+# Before, FSDP2 takes a unit's call inside a replay for a forward: it gathers, reshards, and gathers again.
+UNITS_IN_REPLAYS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
+@functools.cache
+def fully_shard_options() -> tuple[str, ...]:
+    """The keywords that this torch's ``fully_shard`` takes."""
+    from torch.distributed.fsdp import fully_shard
+
+    return tuple(inspect.signature(fully_shard).parameters)[1:]
+
+
+def fsdp_state(module: torch.nn.Module) -> Any:
+    """The FSDP2 state of a unit, or None. A grouped unit has one for all its modules."""
+    from torch.distributed.fsdp._fully_shard._fsdp_state import _get_module_fsdp_state
+
+    return _get_module_fsdp_state(module)
+
+
+def sharded_by(module: torch.nn.Module) -> str | None:
+    """The API of torch's that already distributes ``module``'s parameters, or None."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.nn.parallel import DistributedDataParallel
+
+    if isinstance(module, FullyShardedDataParallel | DistributedDataParallel):
+        return type(module).__name__
+    registry = composable_contract()._get_registry(module) or ()
+    return next((name for name in ("fully_shard", "replicate") if name in registry), None)
+
+
+def unit_enters_replay(state: Any) -> None:
+    """Tell a unit that its next call is part of a running backward: gather if needed, and nothing else.
+
+    In this state FSDP2 neither prefetches in forward order, nor registers hooks on the replay's graph, nor notes
+    the call in the order that backward prefetch follows; a replay that stops early leaves nothing half done. The
+    callback at the end of the backward puts the state back and reshards, so it is queued here: the unit's own
+    backward, which queues it otherwise, may never come.
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+    state._training_state = TrainingState.PRE_BACKWARD
+    state._register_root_post_backward_final_callback()
+    for group in state._fsdp_param_groups:
+        if group._training_state is TrainingState.POST_BACKWARD:
+            group._training_state = (
+                TrainingState.IDLE
+            )  # it gathers once more, so the callback must reshard it
