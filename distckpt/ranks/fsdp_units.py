@@ -51,7 +51,7 @@ def find(model: torch.nn.Module, globs: Globs) -> list[Unit]:
         if isinstance(entry, str):
             groups = [Unit((name,), (module,)) for name, module in found if module not in units]
         else:
-            groups = [Unit(*zip(*found, strict=True))] if found else []
+            groups = [Unit(tuple(n for n, _ in found), tuple(m for _, m in found))] if found else []
         for unit in groups:
             for module in unit.modules:
                 if units.setdefault(module, unit) is not unit:
