@@ -60,3 +60,29 @@ def unit_enters_replay(state: Any) -> None:
             group._training_state = (
                 TrainingState.IDLE
             )  # it gathers once more, so the callback must reshard it
+
+
+def fsdp1_unit(module: torch.nn.Module) -> bool:
+    """Whether ``module`` is a ``FullyShardedDataParallel``."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return isinstance(module, FullyShardedDataParallel)
+
+
+def fsdp1_unit_enters_replay(unit: Any) -> None:
+    """The same for FSDP1: gather unless that was done, and let the call pass as one inside backward.
+
+    Otherwise it gathers, reshards, and gathers again; and a replay that stops early leaves a state that the unit's
+    own backward does not allow.
+    """
+    from torch.distributed.fsdp._common_utils import HandleTrainingState
+    from torch.distributed.fsdp._runtime_utils import _unshard
+
+    handle = unit._handle
+    if handle is None or handle._training_state is HandleTrainingState.BACKWARD_PRE:
+        return
+    handle._training_state = HandleTrainingState.BACKWARD_PRE
+    if not handle._prefetched:
+        _unshard(unit, handle, unit._unshard_stream, unit._pre_unshard_stream)
+        handle._prefetched = True  # its own backward need not, and puts the flag back
+    unit._device_handle.current_stream().wait_stream(unit._unshard_stream)

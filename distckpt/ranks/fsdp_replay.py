@@ -8,24 +8,36 @@ would be gathered for nothing. (Megatron-FSDP had the same mistake, and left suc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from distckpt._torch import graph_task_id, opaque_to_dynamo
-from distckpt._torch_dist import UNITS_IN_REPLAYS, fsdp_state, unit_enters_replay
+from distckpt._torch_dist import (
+    UNITS_IN_REPLAYS,
+    fsdp1_unit,
+    fsdp1_unit_enters_replay,
+    fsdp_state,
+    unit_enters_replay,
+)
 from distckpt.engine import is_recomputing
 from distckpt.ranks.fsdp_errors import GatherOutsideBackward
 
 
 class UnitGuard:
-    """A forward pre-hook on one unit, ahead of FSDP2's own. Free but for a function call outside a replay."""
+    """A forward pre-hook on one unit, ahead of FSDP2's own. Outside a replay it is one function call.
 
-    __slots__ = ("name", "state")
+    ``enter`` tells the unit that a replay is about to call it, within a backward.
+    """
 
-    def __init__(self, name: str, state: Any) -> None:
+    __slots__ = ("enter", "name")
+
+    def __init__(self, name: str, enter: Callable[[], None]) -> None:
         self.name = name
-        self.state = state
+        self.enter = enter
 
     @opaque_to_dynamo
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
@@ -33,24 +45,29 @@ class UnitGuard:
             return
         if graph_task_id() == -1:
             raise GatherOutsideBackward(
-                f"a replay outside a backward called the FSDP2 unit {self.name!r}",
+                f"a replay outside a backward called the FSDP unit {self.name!r}",
                 why="the unit would be gathered as in a forward, and backward would not know its order any more",
                 fix="let the backward replay this region, or make the unit the region",
             )
-        unit_enters_replay(self.state)
+        self.enter()
 
 
-def guard_units(model: torch.nn.Module) -> tuple[Any, ...]:
-    """Guard every FSDP2 unit of ``model``; returns the hooks' handles, each with ``remove()``.
+def guard_units(model: torch.nn.Module) -> tuple[RemovableHandle, ...]:
+    """Guard every FSDP2 and FSDP1 unit of ``model``; returns the hooks' handles, each with ``remove()``.
 
     ``coord.fully_shard`` does this by itself. Call it once for a model that was sharded by hand and has regions with
-    units inside them.
+    units inside them. Before torch 2.13 FSDP2 units cannot be helped and are left alone.
     """
-    if not UNITS_IN_REPLAYS:
-        return ()
-    found = ((name, module, fsdp_state(module)) for name, module in model.named_modules())
+    found = ((name, module, _entrance(module)) for name, module in model.named_modules())
     return tuple(
-        module.register_forward_pre_hook(UnitGuard(name, state), prepend=True)
-        for name, module, state in found
-        if state is not None and not any(isinstance(h, UnitGuard) for h in module._forward_pre_hooks.values())
+        module.register_forward_pre_hook(UnitGuard(name, enter), prepend=True)
+        for name, module, enter in found
+        if enter is not None and not any(isinstance(h, UnitGuard) for h in module._forward_pre_hooks.values())
     )
+
+
+def _entrance(module: torch.nn.Module) -> Callable[[], None] | None:
+    if fsdp1_unit(module):
+        return partial(fsdp1_unit_enters_replay, module)
+    state = fsdp_state(module)
+    return partial(unit_enters_replay, state) if state is not None and UNITS_IN_REPLAYS else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ import distckpt as dc
 from distckpt.compat.composable import composable_checkpoint
 from distckpt.compat.wrapper import checkpoint_wrapper
 from distckpt.modules import apply
+from distckpt.ranks.fsdp_replay import guard_units
 from tests.ranks.sharded import Model, compare, one_forward, train, two_forwards
 from tests.ranks.spawn import leave, report
 
@@ -84,7 +84,24 @@ def fsdp1_ways(options: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         model.stack.regions = 1
         return fsdp1(model, same, same, **options)
 
+    def call_two(guarded: bool = True) -> Any:
+        model = Model()
+        model.stack.regions = 2
+        model = fsdp1(model, same, same, **options)
+        if guarded:
+            guard_units(model)
+        return model
+
+    def coarser() -> Any:
+        model = fsdp1(Model(), same, same, **options)
+        guard_units(model)
+        apply(model, "_fsdp_wrapped_module.stack")
+        return model
+
     return {
+        "call two": call_two,
+        "call two, unguarded": lambda: call_two(guarded=False),
+        "coarser": coarser,
         "inside, before": lambda: fsdp1(Model(), region, same, **options),
         "inside, after": after,
         "outside": lambda: fsdp1(Model(), same, region, **options),
@@ -93,13 +110,6 @@ def fsdp1_ways(options: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         "composable": lambda: fsdp1(Model(), composable, same, **options),
         "call": call,
     }
-
-
-def call_two(options: dict[str, Any]) -> Any:
-    """Two units in one region of the model's own forward."""
-    model = Model()
-    model.stack.regions = 2
-    return fsdp1(model, same, same, **options)
 
 
 class Skipping(Model):
@@ -178,8 +188,6 @@ def main() -> None:
     for name, (options, step) in FSDP1_CASES.items():
         plain = train(fsdp1(Model(), same, same, **options), step)
         ways = fsdp1_ways(options)
-        if name == "full":
-            ways["call two"] = partial(call_two, options)
         found[f"fsdp1, {name}"] = {way: compare(train(make(), step), plain) for way, make in ways.items()}
     for name, (make, options, step) in DDP_CASES.items():
         ways = ddp_ways(make, options)
