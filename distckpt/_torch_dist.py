@@ -32,6 +32,14 @@ def fsdp_state(module: torch.nn.Module) -> Any:
     return _get_module_fsdp_state(module)
 
 
+def parameter_groups(state: Any) -> list[Any]:
+    """What an FSDP2 unit gathers: mostly one group of parameters; several, or none, with newer versions."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # older versions have one at most
+        groups = [state._fsdp_param_group] if state._fsdp_param_group else []
+    return groups
+
+
 def sharded_by(module: torch.nn.Module) -> str | None:
     """The API of torch's that already distributes ``module``'s parameters, or None."""
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -55,7 +63,7 @@ def unit_enters_replay(state: Any) -> None:
 
     state._training_state = TrainingState.PRE_BACKWARD
     state._register_root_post_backward_final_callback()
-    for group in state._fsdp_param_groups:
+    for group in parameter_groups(state):
         if group._training_state is TrainingState.POST_BACKWARD:
             group._training_state = (
                 TrainingState.IDLE

@@ -162,7 +162,7 @@ def _whole_mesh(coord: Any) -> Any:
         )
     kind = coord.device_type
     if kind is None:
-        accelerator = torch.accelerator.current_accelerator()
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
         kind = "cpu" if accelerator is None else accelerator.type
     return dist.init_device_mesh(kind, (dist.get_world_size(),))
 

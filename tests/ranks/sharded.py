@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import distckpt as dc
-from distckpt._torch_dist import fsdp_state
+from distckpt._torch_dist import fsdp_state, parameter_groups
 from distckpt.engine.events import counters
 from tests.ranks.collectives import Collectives
 
@@ -124,7 +124,7 @@ def unfinished(model: nn.Module) -> list[str]:
         if state is None:
             continue
         idle = state._training_state.name == "IDLE" and state._state_ctx.iter_forward_root is None
-        for group in state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else ():
+        for group in parameter_groups(state):
             idle &= group.is_sharded and group._all_gather_result is None
             idle &= group._training_state.name == "IDLE" and not group._post_forward_indices
         if not idle:

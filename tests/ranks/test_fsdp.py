@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from torch.distributed.tensor import Shard
 
 import distckpt as dc
-from distckpt._torch_dist import UNITS_IN_REPLAYS, fsdp_state, fully_shard_options
+from distckpt._torch_dist import UNITS_IN_REPLAYS, fsdp_state, fully_shard_options, parameter_groups
 from distckpt.engine.errors import BadOption
 from distckpt.modules import AlreadyRegion, NoMatch, apply, regions
 from distckpt.ranks import Coordinator, fsdp
@@ -117,7 +117,7 @@ def test_units_are_made_from_the_inside_out_whatever_the_order_of_the_globs(coor
         "",
     )
     for name in ("0.attn", "1.attn"):
-        (group,) = fsdp_state(model.stack.layers.get_submodule(name))._fsdp_param_groups
+        (group,) = parameter_groups(fsdp_state(model.stack.layers.get_submodule(name)))
         assert len(group.fsdp_params) == 2
 
 
@@ -181,7 +181,7 @@ def test_every_option_of_torchs_reaches_every_unit(coord: Coordinator) -> None:
     assert handle.options[""]["mp_policy"] == MixedPrecisionPolicy()
     assert fsdp_state(model.stack.layers[0])._mp_policy is precision
     assert type(model.embed.weight) is nn.Parameter
-    group = fsdp_state(model.stack.layers[0])._fsdp_param_groups[0]
+    (group,) = parameter_groups(fsdp_state(model.stack.layers[0]))
     assert group.mesh_info.mesh is mesh
     (region,) = {r.options.determinism_check for r in (m.forward.__self__ for m in model.stack.layers)}
     assert region == "fingerprint"
