@@ -65,9 +65,8 @@ def unit_enters_replay(state: Any) -> None:
     state._register_root_post_backward_final_callback()
     for group in parameter_groups(state):
         if group._training_state is TrainingState.POST_BACKWARD:
-            group._training_state = (
-                TrainingState.IDLE
-            )  # it gathers once more, so the callback must reshard it
+            # It gathers once more, so the callback must find it unfinished and reshard it.
+            group._training_state = TrainingState.IDLE
 
 
 def fsdp1_unit(module: torch.nn.Module) -> bool:

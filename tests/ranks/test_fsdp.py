@@ -34,7 +34,7 @@ from distckpt.ranks.fsdp_errors import (
     UnknownUnit,
 )
 from distckpt.ranks.fsdp_replay import UnitGuard, guard_units
-from tests.ranks.sharded import FLAT, NESTED, Model, by_hand
+from tests.ranks.sharded import FLAT, NESTED, Model, by_hand, local, unfinished
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 needs_units_in_replays = pytest.mark.skipif(not UNITS_IN_REPLAYS, reason="refused on this torch")
@@ -353,6 +353,64 @@ def test_a_unit_that_a_replay_outside_backward_calls_is_an_error(coord: Coordina
         session.release()
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+class FrozenFirst(nn.Module):
+    """Two units in one region; the first is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.a.requires_grad_(False)
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x).sin())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return dc.checkpoint(self.run, x)
+
+
+@needs_units_in_replays
+def test_a_unit_that_is_replayed_after_its_own_backward_is_sharded_again_at_the_end(
+    coord: Coordinator,
+) -> None:
+    model = FrozenFirst()
+    coord.fully_shard(model, ["a", "b"], regions=None)
+    # The second forward's backward runs first and ends that of `a`. The first one's input needs no gradient, so
+    # its replay gathers `a`, and no backward of `a` comes after that.
+    loss = model(torch.randn(2, 8)).sum() + model(torch.randn(2, 8, requires_grad=True)).sum()
+    loss.backward()
+    assert unfinished(model) == []
+
+
+@needs_units_in_replays
+def test_a_unit_whose_backward_never_comes_does_not_take_the_next_forward_for_a_replay(
+    coord: Coordinator,
+) -> None:
+    model = FrozenFirst()
+    torch_fully_shard(model.a)  # a root of its own: nobody else's backward would end its state
+    guard_units(model)
+    for _ in range(2):
+        model(torch.randn(2, 8)).sum().backward()
+        assert unfinished(model) == []
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("regions", ["stack.layers.*", "stack"])
+def test_compiled_units_stay_whole_graphs(coord: Coordinator, regions: str) -> None:
+    if regions == "stack" and not UNITS_IN_REPLAYS:
+        pytest.skip("refused on this torch")
+    gradients = []
+    for compiled in (False, True):
+        model = Model(2)
+        coord.fully_shard(model, "stack.layers.*", regions=regions)
+        model.eval()  # dropout in a compiled graph draws other numbers
+        for layer in model.stack.layers if compiled else ():
+            layer.compile(backend="aot_eager", fullgraph=True)
+        torch.manual_seed(3)
+        model(torch.randn(4, 8)).square().mean().backward()
+        gradients.append([local(p.grad) for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @needs_units_in_replays
