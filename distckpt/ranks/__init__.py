@@ -1,3 +1,4 @@
 """Ranks: agreement, FSDP units, pipeline stages, and random streams over many processes."""
 
 from distckpt.ranks.coordinator import Coordinator as Coordinator
+from distckpt.ranks.fsdp_replay import guard_units as guard_units

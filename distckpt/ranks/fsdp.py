@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from distckpt._torch import checkpointed_by
 from distckpt._torch_dist import UNITS_IN_REPLAYS, fsdp_state, fully_shard_options
 from distckpt.engine.errors import BadOption
 from distckpt.modules import Applied, apply, choose
@@ -17,7 +18,13 @@ from distckpt.ranks import fsdp_units
 from distckpt.ranks.fsdp_errors import CannotShard, UnitsInsideRegion, UnknownOption
 from distckpt.ranks.fsdp_replay import guard_units
 
-AS_UNITS: Any = type("AsUnits", (), {"__repr__": lambda self: "AS_UNITS"})()
+
+class _AsUnits:
+    def __repr__(self) -> str:
+        return "AS_UNITS"
+
+
+AS_UNITS: Any = _AsUnits()
 
 _REGION_OPTIONS = tuple(inspect.signature(apply).parameters)[2:]
 
@@ -178,13 +185,14 @@ def _region_globs(units: list[fsdp_units.Unit], regions: Any) -> list[str]:
 def _units_inside(
     model: torch.nn.Module, units: list[fsdp_units.Unit], globs: list[str]
 ) -> dict[str, tuple[str, ...]]:
-    """The regions, old and new, that have units below them."""
+    """The regions, old and new and whoever's, that have units below them."""
     names = {module: unit.name for unit in units for module in unit.modules}
     for name, module in model.named_modules():
         if fsdp_state(module) is not None:
             names.setdefault(module, name)
     around = dict(choose(model, globs)) if globs else {}
     around |= {name: model.get_submodule(name) for name in regions_on(model).names}
+    around |= {name: module for name, module in model.named_modules() if checkpointed_by(module)}
     found: dict[str, tuple[str, ...]] = {}
     for name, module in around.items():
         inside = dict.fromkeys(names[m] for m in module.modules() if m in names and m is not module)

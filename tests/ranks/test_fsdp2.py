@@ -19,6 +19,11 @@ PAIRS = [
     *((case, way) for case in CASES for way in ("coord", "before", "after")),
     *((case, way) for case in MANY for way in ("wrapper_outside", "composable", "call", "call_two")),
     *((case, "wrapper_inside") for case in MANY if case != "prefetch"),
+    *(
+        (case, way)
+        for case in ("nested", "nested prefetch")
+        for way in ("wrapper_outside", "composable", "call")
+    ),
     ("override", "coord"),
 ]
 COARSE = [case for case in CASES if case.startswith("coarser")]

@@ -163,6 +163,7 @@ def wrapper_inside(case: Case) -> Any:
 def wrapper_outside(case: Case) -> Any:
     """``fully_shard``, then ``checkpoint_wrapper`` around the unit."""
     model = plain(case)
+    guard_units(model)
     for index, layer in enumerate(model.stack.layers):
         model.stack.layers[index] = checkpoint_wrapper(layer)
     return model
@@ -170,6 +171,7 @@ def wrapper_outside(case: Case) -> Any:
 
 def composable(case: Case) -> Any:
     model = plain(case)
+    guard_units(model)
     for layer in model.stack.layers:
         composable_checkpoint(layer)
     return model
@@ -178,6 +180,7 @@ def composable(case: Case) -> Any:
 def call(case: Case) -> Any:
     """``dc.checkpoint(layer, x)`` in the model's own forward: the region is around the unit's hooks."""
     model = plain(case)
+    guard_units(model)
     model.stack.regions = 1
     return model
 
@@ -226,7 +229,9 @@ def main() -> None:
             ways += [call_two] if UNITS_IN_REPLAYS else []
             if name == "prefetch":  # the lists would name the wrapped modules
                 ways.remove(wrapper_inside)
-        if name in ("nested prefetch", "coarser, prefetch"):
+        if name in ("nested", "nested prefetch"):
+            ways += [wrapper_outside, composable, call]
+        if name == "nested prefetch":
             ways.append(unguarded)
         found[name] = {way.__name__: compare(train(way(case), case.step), reference) for way in ways}
     reference = train(overridden_plain(CASES["flat"]))
