@@ -43,3 +43,15 @@ def test_gradients_are_equal_to_the_bit_and_so_are_the_collectives(
         step = [name for _, sent in found["calls"][:2] for name, _ in sent]
         assert sum("allgather" in name for name in step) == gathers
         assert sum("allreduce" in name for name in step) == reduced
+
+
+def test_units_over_one_dimension_and_tensor_parallel_layers_over_the_other(ranks: list[Any]) -> None:
+    for found in (rank["tensor parallel"] for rank in ranks):
+        assert found["equal"]
+        assert found["finite"]
+        assert found["left"] == []
+        for calls in (
+            found["calls"],
+            found["plain calls"],
+        ):  # a replay runs the layers' own collectives again
+            assert sum(name == "_allgather_base_" for _, sent in calls[:2] for name, _ in sent) == 4 + 3
