@@ -14,6 +14,7 @@ from typing import Any
 
 from overhead import TARGETS
 from ranks_check import HEADER, cells
+from ranks_fsdp import show as ranks_fsdp_table
 from report import RESULTS, table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
@@ -51,6 +52,15 @@ GPT = """## One GPT block in bf16
 
 Attention, MLP, two norms and dropout, forward and backward in the middle of a model. `held` is what the block keeps
 between its forward and its backward.
+"""
+
+RANKS_FSDP = """## FSDP2 on two ranks
+
+One step of four small GPT blocks and a head: all-gathers, reduce-scatters, how often a block's forward runs, and wall
+clock. `none` has no regions; `torch` has torch's `checkpoint_wrapper` inside each block's unit; `dc` is
+`coord.fully_shard`. Ratios are to torch in the same layout; lower is better. `prefetched by hand` names for each unit
+the two that follow it (`set_modules_to_forward_prefetch`): in a replay that asks for units whose backward is over, and
+torch gathers them for nothing.
 """
 
 COMPOSE = """## Proof by composition
@@ -151,6 +161,12 @@ def gpt_part() -> str:
     return "\n".join(parts)
 
 
+def ranks_fsdp_part(result: dict[str, Any]) -> str:
+    """Render FSDP2 on two ranks."""
+    size = ", ".join(f"{key} {value}" for key, value in result["size"].items())
+    return "\n".join([RANKS_FSDP, ranks_fsdp_table(result["rows"]), "", f"Size: {size}. {source(result)}"])
+
+
 def compose_part() -> str:
     """Render the long runs of the composition suite."""
     parts, rows, sources = [COMPOSE], [], []
@@ -176,13 +192,14 @@ def ranks_check_part(result: dict[str, Any]) -> str:
 
 def page() -> str:
     """Return the whole page."""
-    overhead, memory = load("overhead"), load("memory")
+    overhead, memory, ranks_fsdp = load("overhead"), load("memory"), load("ranks_fsdp")
     parts = [INTRO]
     parts += [overhead_part(overhead)] if overhead else []
     parts += [memory_part(memory)] if memory else []
     parts += [gpt_part(), compose_part()]
     ranks_check = load("ranks_check")
     parts += [ranks_check_part(ranks_check)] if ranks_check else []
+    parts += [ranks_fsdp_part(ranks_fsdp)] if ranks_fsdp else []
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distckpt.modules.applied import Applied, apply, regions
+from distckpt.modules.applied import Applied, apply, choose, regions
 from distckpt.modules.errors import AlreadyRegion, ModuleGone, NeverCalled, NoMatch
 
-__all__ = ["AlreadyRegion", "Applied", "ModuleGone", "NeverCalled", "NoMatch", "apply", "regions"]
+__all__ = ["AlreadyRegion", "Applied", "ModuleGone", "NeverCalled", "NoMatch", "apply", "choose", "regions"]

@@ -92,26 +92,36 @@ def apply(
         "early_stop": early_stop,
         "respect_saved_tensors_hooks": respect_saved_tensors_hooks,
     }
-    globs = (globs,) if isinstance(globs, str) else tuple(globs)
-    # With its duplicates: a shared module may be named by any of its names, and is made a region once.
+    chosen = choose(model, globs)
+    for name, module in chosen:
+        _refuse_region(module, name)
+    regions = [
+        (name, ModuleRegion(module, Options(name=name or type(module).__name__, **options)))
+        for name, module in chosen
+    ]
+    for _, region in regions:
+        region.attach()
+    return Applied(regions)
+
+
+def choose(model: torch.nn.Module, globs: str | Iterable[str]) -> list[tuple[str, torch.nn.Module]]:
+    """The modules that ``globs`` mean: those with a forward, each once, in ``named_modules()`` order.
+
+    Raises:
+        NoMatch: a glob matches no module (DC301).
+        NeverCalled: a glob matches only containers (DC303).
+    """
+    # With its duplicates: a shared module may be named by any of its names, and is chosen once.
     modules = dict(model.named_modules(remove_duplicate=False))
     chosen: dict[torch.nn.Module, str] = {}
-    for glob in globs:
+    for glob in (globs,) if isinstance(globs, str) else tuple(globs):
         called = {name: modules[name] for name in select([glob], modules) if _has_forward(modules[name])}
         if not called:
             raise _never_called(glob, modules, select([glob], modules))
         for name, module in called.items():
             chosen.setdefault(module, name)
-    for module, name in chosen.items():
-        _refuse_region(module, name)
     order = {name: place for place, name in enumerate(modules)}
-    regions = [
-        (name, ModuleRegion(module, Options(name=name or type(module).__name__, **options)))
-        for module, name in sorted(chosen.items(), key=lambda item: order[item[1]])
-    ]
-    for _, region in regions:
-        region.attach()
-    return Applied(regions)
+    return sorted(((name, module) for module, name in chosen.items()), key=lambda item: order[item[0]])
 
 
 def regions(model: torch.nn.Module) -> Applied:

@@ -63,5 +63,15 @@ def test_ranks_check_raises_on_every_rank_and_counts_its_requests() -> None:
     assert [row[5] for row in rows] == ["19", "25"]  # 6 per rank and 7
 
 
+def test_ranks_fsdp_gathers_no_more_with_our_regions_than_without() -> None:
+    printed = run("ranks_fsdp.py", "--rounds", "1", "--no-write")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if "|" in line
+    ]
+    for none, _, dc in zip(rows[2::3], rows[3::3], rows[4::3], strict=True):
+        assert dc[2:4] == none[2:4]
+        assert (none[4], dc[4], dc[-1]) == ("1", "2", "yes")
+
+
 def test_the_benchmark_page_is_what_the_result_files_say() -> None:
     run("docs.py", "--check")

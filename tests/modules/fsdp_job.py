@@ -9,29 +9,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from distckpt._torch_dist import UNITS_IN_REPLAYS
 from distckpt.compat.composable import composable_checkpoint
 from distckpt.compat.wrapper import checkpoint_wrapper
 from distckpt.engine.events import counters
 from distckpt.modules import apply
 from tests.modules.models import Model
-
-# Before, FSDP2 gathers a unit inside a replayed unit again, with torch's own regions as well.
-GATHERS_NESTED_UNITS_ONCE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-
-
-class Collectives(TorchDispatchMode):
-    """Counts collectives by name. ``CommDebugMode`` cannot: its module tracker fails in a replay that stops early."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: dict[str, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func.namespace in ("c10d", "_c10d_functional", "fsdp"):
-            self.counts[str(func)] = self.counts.get(str(func), 0) + 1
-        return func(*args, **(kwargs or {}))
+from tests.ranks.collectives import Collectives
 
 
 def whole(x: torch.Tensor) -> torch.Tensor:
@@ -87,7 +72,7 @@ def main(rank: int, store: str) -> None:
         ("flat", MixedPrecisionPolicy()),
         ("nested", MixedPrecisionPolicy(param_dtype=torch.bfloat16)),
     ):
-        if units == "nested" and not GATHERS_NESTED_UNITS_ONCE:
+        if units == "nested" and not UNITS_IN_REPLAYS:
             continue
         plain, collectives, _ = run("none", "", units, precision)
         assert any("allgather" in name for name in collectives), collectives

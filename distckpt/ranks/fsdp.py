@@ -1,0 +1,225 @@
+"""fully_shard: regions inside FSDP2 units, in the order that costs no all-gather."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distckpt._torch import checkpointed_by
+from distckpt._torch_dist import UNITS_IN_REPLAYS, fsdp_state, fully_shard_options
+from distckpt.engine.errors import BadOption
+from distckpt.modules import Applied, apply, choose
+from distckpt.modules import regions as regions_on
+from distckpt.ranks import fsdp_units
+from distckpt.ranks.fsdp_errors import CannotShard, UnitsInsideRegion, UnknownOption
+from distckpt.ranks.fsdp_replay import guard_units
+
+
+class _AsUnits:
+    def __repr__(self) -> str:
+        return "AS_UNITS"
+
+
+AS_UNITS: Any = _AsUnits()
+
+_REGION_OPTIONS = tuple(inspect.signature(apply).parameters)[2:]
+
+
+class Sharded:
+    """What ``coord.fully_shard`` did.
+
+    ``units`` are the units' dotted names in the order they were made: inner ones first, the root last. A unit
+    of several modules is ``"norm+head"``. ``regions`` are the regions that this call put on. ``nested`` maps a region
+    that has units inside it to their names: its replay gathers all of them, in forward order, and each stays
+    gathered until its own backward. ``options`` maps each unit to the FSDP2 options that it got.
+    """
+
+    def __init__(
+        self,
+        applied: Applied,
+        units: Mapping[str, Mapping[str, Any]],
+        nested: Mapping[str, tuple[str, ...]],
+    ) -> None:
+        self._applied = applied
+        self.units = tuple(units)
+        self.options = dict(units)
+        self.regions = applied.names
+        self.nested = dict(nested)
+
+    def remove(self) -> None:
+        """Take the regions off. The model stays sharded: FSDP2 has no way back. Idempotent."""
+        self._applied.remove()
+        self.regions, self.nested = (), {}
+
+    def __enter__(self) -> Sharded:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        regions = ", ".join(self.regions) or "none"
+        around = "".join(f"; {name} has {len(inside)} units inside" for name, inside in self.nested.items())
+        units = ", ".join(name or "the root" for name in self.units)
+        return f"Sharded(units: {units}; regions: {regions}{around})"
+
+
+def fully_shard(
+    coord: Any,
+    model: torch.nn.Module,
+    units: fsdp_units.Globs,
+    *,
+    regions: str | Iterable[str] | None = AS_UNITS,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    policy: Any = None,
+    plan: Any = None,
+    **options: Any,
+) -> Sharded:
+    """Shard ``model`` with FSDP2, one unit per module that ``units`` names and one for the rest, with regions inside.
+
+    A region sits inside its unit's hooks: the unit is gathered before the record, and gathered by FSDP2's own
+    pre-backward when the replay comes. So there is not one all-gather more than without regions, and gradients are
+    equal to the bit.
+
+    Args:
+        units: globs over the names of ``model.named_modules()``, as for ``dc.apply``. An entry that is itself a
+            tuple of globs makes one unit of all that it matches (``("norm", "head")``). The model is always the last.
+        regions: globs of the modules to make regions: finer than units, the same, or around several; None for
+            no regions. Left out: the units' modules, but not the root.
+        overrides: FSDP2 options for some units only: ``{"layers.11": {"reshard_after_forward": False}}``; ``""`` is
+            the root. Later entries win.
+        policy, plan: reserved; only None.
+        options: every option of the installed torch's ``fully_shard`` (``mesh``, ``reshard_after_forward``,
+            ``mp_policy``, ``offload_policy``, ...), and those of ``dc.apply`` for the regions. Without ``mesh`` all
+            ranks are one dimension, on the coordinator's device type.
+
+    Returns:
+        A handle that says what was done; its ``remove()`` takes the regions off.
+
+    Raises:
+        UnknownUnit: a glob of ``units`` or ``overrides`` matches nothing that can be a unit (DC420).
+        UnknownOption: a keyword that nobody takes (DC421).
+        AlreadySharded: a unit, or a module around it, is distributed already (DC422).
+        SharedAcrossUnits: one parameter in two units (DC423).
+        UnitsInsideRegion: before torch 2.13, a region around units (DC424).
+        CannotShard: what FSDP2 itself refuses (DC425).
+        NoMatch, AlreadyRegion, NeverCalled, BadOption: as ``dc.apply`` does, for ``regions`` and its options; also for
+            ``policy`` and ``plan``. After any of these the model is as it was.
+
+    Example:
+        >>> coord = dc.Coordinator()
+        >>> coord.fully_shard(model, units="layers.*", mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    """
+    _refuse_reserved(policy=policy, plan=plan)
+    for_units, for_regions = _split(options, overrides)
+    made = fsdp_units.find(model, units)
+    if for_units.get("mesh") is None:
+        for_units["mesh"] = _whole_mesh(coord)
+    fsdp_units.give_options(made, for_units, overrides)
+    fsdp_units.refuse_sharded(model, made)
+    fsdp_units.assign_parameters(model, made)
+    globs = _region_globs(made, regions)
+    nested = _units_inside(model, made, globs)
+    fsdp_units.rehearse(made)
+    applied = apply(model, globs, **for_regions) if globs else Applied(())
+    _shard(made, applied)
+    guard_units(model)
+    return Sharded(applied, {unit.name: unit.options for unit in made}, nested)
+
+
+def _refuse_reserved(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise BadOption(
+                f"{name}= needs data policies, which this version does not have",
+                fix="choose the modules with regions=, and operators with context_fn=",
+            )
+
+
+def _split(
+    options: dict[str, Any], overrides: Mapping[str, Mapping[str, Any]] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    known = fully_shard_options()
+    for where, given, allowed in (
+        (None, options, (*known, *_REGION_OPTIONS)),
+        *((f"overrides[{glob!r}]", extra, known) for glob, extra in (overrides or {}).items()),
+    ):
+        unknown = [name for name in given if name not in allowed]
+        if unknown:
+            raise UnknownOption(
+                f"coord.fully_shard has no option {', '.join(unknown)}",
+                where=where,
+                why=f"torch {torch.__version__} shards with {', '.join(known)}"
+                + ("" if where else f"; regions take {', '.join(_REGION_OPTIONS)}"),
+            )
+    for_units = {name: value for name, value in options.items() if name in known}
+    return for_units, {name: value for name, value in options.items() if name not in known}
+
+
+def _whole_mesh(coord: Any) -> Any:
+    if not dist.is_available() or not dist.is_initialized():
+        raise CannotShard(
+            "there is no process group to shard over",
+            why="torch.distributed is not initialised, and no mesh= was given",
+            fix="call torch.distributed.init_process_group first; one process is a world of one",
+        )
+    kind = coord.device_type
+    if kind is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        kind = "cpu" if accelerator is None else accelerator.type
+    return dist.init_device_mesh(kind, (dist.get_world_size(),))
+
+
+def _region_globs(units: list[fsdp_units.Unit], regions: Any) -> list[str]:
+    if regions is AS_UNITS:
+        return [name for unit in units[:-1] for name in unit.names]
+    if regions is None:
+        return []
+    return [regions] if isinstance(regions, str) else list(regions)
+
+
+def _units_inside(
+    model: torch.nn.Module, units: list[fsdp_units.Unit], globs: list[str]
+) -> dict[str, tuple[str, ...]]:
+    """The regions, old and new and whoever's, that have units below them."""
+    names = {module: unit.name for unit in units for module in unit.modules}
+    for name, module in model.named_modules():
+        if fsdp_state(module) is not None:
+            names.setdefault(module, name)
+    around = dict(choose(model, globs)) if globs else {}
+    around |= {name: model.get_submodule(name) for name in regions_on(model).names}
+    around |= {name: module for name, module in model.named_modules() if checkpointed_by(module)}
+    found: dict[str, tuple[str, ...]] = {}
+    for name, module in around.items():
+        inside = dict.fromkeys(names[m] for m in module.modules() if m in names and m is not module)
+        if inside:
+            found[name] = tuple(inside)
+    if found and not UNITS_IN_REPLAYS:
+        name, inside = next(iter(found.items()))
+        raise UnitsInsideRegion(
+            f"the region {name!r} has FSDP2 units inside it: {', '.join(inside)}",
+            why=f"FSDP2 of torch {torch.__version__} gathers them once more in a replay, whoever replays",
+            fix="use torch 2.13 or later, or make the units (or modules inside them) the regions",
+        )
+    return found
+
+
+def _shard(units: list[fsdp_units.Unit], applied: Applied) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    for index, unit in enumerate(units):
+        target: Any = unit.modules[0] if len(unit.modules) == 1 else list(unit.modules)
+        try:
+            fully_shard(target, **unit.options)
+        except Exception as error:
+            applied.remove()
+            made = ", ".join(map(str, units[:index])) or "none"
+            raise CannotShard(
+                f"FSDP2 failed at {unit}, which its rehearsal had passed",
+                why=f"{type(error).__name__}: {error}",
+                fix=f"build the model again: FSDP2 cannot be undone, and had made {made}",
+            ) from error
