@@ -395,6 +395,35 @@ def test_a_unit_whose_backward_never_comes_does_not_take_the_next_forward_for_a_
         assert unfinished(model) == []
 
 
+@needs_units_in_replays
+@pytest.mark.parametrize("regions", ["stack.layers.*", "stack"])
+def test_after_a_replay_that_raised_fsdps_reset_makes_the_next_step_right(
+    coord: Coordinator, regions: str
+) -> None:
+    gradients = []
+    for fails in (False, True):
+        model = Model(2)
+        coord.fully_shard(model, "stack.layers.*", regions=regions)
+        if fails:
+
+            def raise_in_a_replay(module: nn.Module, args: Any) -> None:
+                if dc.is_recomputing():
+                    raise KeyError("once")
+
+            hook = model.stack.layers[0].mlp.register_forward_pre_hook(raise_in_a_replay)
+            with pytest.raises(KeyError):
+                model(torch.randn(4, 8)).sum().backward()
+            hook.remove()
+            model.zero_grad()  # those of gathered parameters: the reset forgets them but does not clear them
+            model.reset_iter_state()
+            model.zero_grad()
+        torch.manual_seed(3)
+        model(torch.randn(4, 8)).square().mean().backward()
+        assert unfinished(model) == []
+        gradients.append([local(p.grad) for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("regions", ["stack.layers.*", "stack"])
 def test_compiled_units_stay_whole_graphs(coord: Coordinator, regions: str) -> None:

@@ -111,6 +111,7 @@ CASES = {
     "coarser, nested": Case(units=NESTED, regions=("stack", "stack.layers.*")),
     "coarser, prefetch": Case(regions="stack", after=prefetch),
     "coarser, two forwards": Case(regions="stack", step=two_forwards),
+    "coarser, whole model": Case(units=(*FLAT, ("norm", "head")), regions=""),
 }
 NEEDS_UNITS_IN_REPLAYS = [
     name for name in CASES if name.startswith(("nested ", "coarser")) or name == "nested"
