@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from distckpt.modules.applied import Applied, apply, regions
-from distckpt.modules.errors import AlreadyRegion, ModuleGone, NeverCalled, NoMatch
+from distckpt.modules.errors import AlreadyRegion, ModuleGone, NeverCalled, NoMatch, UnknownModel
 
-__all__ = ["AlreadyRegion", "Applied", "ModuleGone", "NeverCalled", "NoMatch", "apply", "regions"]
+__all__ = [
+    "AlreadyRegion",
+    "Applied",
+    "ModuleGone",
+    "NeverCalled",
+    "NoMatch",
+    "UnknownModel",
+    "apply",
+    "regions",
+]

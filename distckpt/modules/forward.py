@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from inspect import getattr_static
@@ -30,12 +31,16 @@ class ModuleRegion:
     """The options of one module's region, bound weakly to the module.
 
     Copies and pickles follow the module: a deep copy of the module has a region of its own. ``options`` is None
-    once the region is taken off, for callers that still hold its ``forward``.
+    once the region is taken off, for callers that still hold its ``forward``. ``plain(module, args, kwargs)``, if
+    given, says which calls must not be regions.
     """
 
-    __slots__ = ("__weakref__", "inner", "module", "options", "replaced")
+    __slots__ = ("__weakref__", "inner", "module", "options", "plain", "replaced")
 
-    def __init__(self, module: torch.nn.Module, options: Options) -> None:
+    def __init__(
+        self, module: torch.nn.Module, options: Options, plain: Callable[..., bool] | None = None
+    ) -> None:
+        self.plain = plain
         # Weak: a strong reference would be a cycle, and `del model` would no longer free its parameters.
         self.module = weakref.ref(module)
         self.options: Options | None = options
@@ -55,10 +60,10 @@ class ModuleRegion:
             self.inner = module.forward
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return self.module(), self.options, self.inner, self.replaced
+        return self.module(), self.options, self.inner, self.replaced, self.plain
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        module, self.options, self.inner, self.replaced = state
+        module, self.options, self.inner, self.replaced, self.plain = state
         self.module = weakref.ref(module)
 
     @property
@@ -97,7 +102,9 @@ def _call(region: ModuleRegion, /, *args: Any, **kwargs: Any) -> Any:
             why="a region belongs to one module, and only a deep copy of the module gets its own",
             fix="keep the module that dc.apply was given, or call dc.apply on the copy",
         )
-    return _open(module, region.inner, region.options, args, kwargs)
+    plain = region.plain
+    options = None if plain is not None and plain(module, args, kwargs) else region.options
+    return _open(module, region.inner, options, args, kwargs)
 
 
 def _open(
