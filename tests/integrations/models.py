@@ -9,6 +9,15 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# What the libraries warn about for reasons of their own; everything else is an error here too.
+THEIR_WARNINGS = (
+    "ignore:`gradient_checkpointing` is deprecated:FutureWarning",  # the Trainer's old flag, which we test
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # peft asks transformers by the old name
+    r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning",  # Lightning, of torch
+    "ignore:.*does not have many workers",  # Lightning, on machines with many cores
+    "ignore:GPU available but not used",
+)
+
 VOCABULARY = 97
 BATCH = (2, 16)
 NAMES = ("llama", "gpt2", "bert", "t5", "mixtral", "qwen3_moe")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -11,13 +10,13 @@ import torch
 import distckpt as dc
 from distckpt.engine.events import counters
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    L: Any = pytest.importorskip("lightning", reason="the extra 'integrations' is not installed")
+L: Any = pytest.importorskip("lightning", reason="the extra 'integrations' is not installed")
 
 pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
 
-from tests.integrations.models import LAYERS, batch, build, without_cache
+from tests.integrations.models import LAYERS, THEIR_WARNINGS, batch, build, without_cache  # noqa: E402
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in THEIR_WARNINGS]
 
 STEPS = 2
 
@@ -44,12 +43,10 @@ def fitted(regions: bool) -> tuple[list[torch.Tensor], list[str], int]:
     keys = list(module.state_dict())
     data = torch.utils.data.DataLoader([batch(seed) for seed in range(STEPS)], batch_size=None)
     before = counters.regions
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-        trainer = L.Trainer(max_steps=STEPS, accelerator="cpu", devices=1, logger=False, **quiet)
-        torch.manual_seed(11)
-        trainer.fit(module, data)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = L.Trainer(max_steps=STEPS, accelerator="cpu", devices=1, logger=False, **quiet)
+    torch.manual_seed(11)
+    trainer.fit(module, data)
     assert list(module.state_dict()) == keys
     return [p.detach() for p in module.parameters()], keys, counters.regions - before
 
@@ -63,21 +60,19 @@ def test_the_trainer_trains_to_the_same_bits_with_regions_from_configure_model()
 
 
 def fabric_step(regions: bool, precision: Any) -> tuple[list[Any], int]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from lightning.fabric import Fabric
+    from lightning.fabric import Fabric
 
-        fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
-        model = without_cache(build("gpt2"))
-        if regions:
-            dc.apply(model)
-        model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
-        before = counters.regions
-        torch.manual_seed(5)
-        loss = model(**batch()).loss
-        torch.manual_seed(9)
-        fabric.backward(loss)
-        optimizer.step()
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
+    model = without_cache(build("gpt2"))
+    if regions:
+        dc.apply(model)
+    model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    before = counters.regions
+    torch.manual_seed(5)
+    loss = model(**batch()).loss
+    torch.manual_seed(9)
+    fabric.backward(loss)
+    optimizer.step()
     return [p.detach() for p in model.parameters()], counters.regions - before
 
 

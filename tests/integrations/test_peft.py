@@ -14,10 +14,9 @@ from distckpt.engine.events import counters
 pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
 peft = pytest.importorskip("peft", reason="the extra 'integrations' is not installed")
 
-# peft asks the model through a name that transformers 5 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+from tests.integrations.models import LAYERS, THEIR_WARNINGS, build, same, step, without_cache  # noqa: E402
 
-from tests.integrations.models import LAYERS, build, same, step, without_cache  # noqa: E402
+pytestmark = [pytest.mark.filterwarnings(text) for text in THEIR_WARNINGS]
 
 
 def lora(base: Any) -> Any:

@@ -15,7 +15,9 @@ import torch
 import distckpt as dc
 from distckpt.engine.events import counters
 from distckpt.modules import libraries
-from tests.integrations.models import VOCABULARY, batch, build, same, without_cache
+from tests.integrations.models import THEIR_WARNINGS, VOCABULARY, batch, build, same, without_cache
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in THEIR_WARNINGS]
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "integrations.md"
 
@@ -82,8 +84,7 @@ def trainer() -> None:
     model = llama()
     arguments = trainer(llama(), Path(), activation_checkpointing=True).args
     before = counters.regions
-    with quiet():
-        run("Trainer", model=model, arguments=arguments, data=DATA)
+    run("Trainer", model=model, arguments=arguments, data=DATA)
     assert counters.regions > before
     return None
 
@@ -123,28 +124,25 @@ def peft() -> tuple[Any, Any, Any]:
 
 
 def lightning() -> tuple[Any, Any, Any]:
-    with quiet():
-        pytest.importorskip("lightning", reason="the extra 'integrations' is not installed")
-        module = run("Lightning")["Module"](llama())
-        module.configure_model()
+    pytest.importorskip("lightning", reason="the extra 'integrations' is not installed")
+    module = run("Lightning")["Module"](llama())
+    module.configure_model()
     return llama(), module.model, lambda model: model(**batch()).loss
 
 
 def fabric() -> tuple[Any, Any, Any]:
-    with quiet():
-        pytest.importorskip("lightning", reason="the extra 'integrations' is not installed")
-        from lightning.fabric import Fabric
+    pytest.importorskip("lightning", reason="the extra 'integrations' is not installed")
+    from lightning.fabric import Fabric
 
-        model = llama()
-        fabric = Fabric(accelerator="cpu", devices=1)
-        found = run("Lightning, 2", model=model, fabric=fabric, optimizer=optimizer_of(model))
+    model = llama()
+    fabric = Fabric(accelerator="cpu", devices=1)
+    found = run("Lightning, 2", model=model, fabric=fabric, optimizer=optimizer_of(model))
     assert found["model"] is not model
     return llama(), model, loss_of
 
 
 def diffusers() -> tuple[Any, Any, Any]:
-    with quiet():
-        diffusers = pytest.importorskip("diffusers", reason="the extra 'integrations' is not installed")
+    diffusers = pytest.importorskip("diffusers", reason="the extra 'integrations' is not installed")
 
     def unet() -> Any:
         torch.manual_seed(0)
@@ -211,7 +209,7 @@ def torchtitan() -> tuple[Any, Any, Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The libraries' own warnings are theirs."""
+    """For the imports of what is not part of `make test`, where nobody keeps the list of warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -224,7 +222,7 @@ def one_process() -> Iterator[None]:
     from accelerate.utils import patch_environment
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    with quiet(), patch_environment(ACCELERATE_USE_FSDP="false", FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+    with patch_environment(ACCELERATE_USE_FSDP="false", FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
         yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -255,14 +253,13 @@ RECIPES: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_recipe_of_this_page_is_exact(name: str) -> None:
-    with quiet():
-        outcome = RECIPES[name]()
-        if outcome is None:  # looked at by itself
-            return
-        plain, ours, loss = outcome
-        keys = list(plain.state_dict())
-        expected, none = gradients(plain, loss)
-        got, opened = gradients(ours, loss)
+    outcome = RECIPES[name]()
+    if outcome is None:  # looked at by itself
+        return
+    plain, ours, loss = outcome
+    keys = list(plain.state_dict())
+    expected, none = gradients(plain, loss)
+    got, opened = gradients(ours, loss)
     assert none == 0
     assert opened >= 3
     assert same(got, expected)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +17,9 @@ pytest.importorskip("accelerate", reason="the extra 'hf' is not installed")
 
 from distckpt.integrations.errors import BothSwitches  # noqa: E402
 from distckpt.integrations.transformers import DistckptCallback  # noqa: E402
-from tests.integrations.models import LAYERS, VOCABULARY, build, without_cache  # noqa: E402
+from tests.integrations.models import LAYERS, THEIR_WARNINGS, VOCABULARY, build, without_cache  # noqa: E402
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in THEIR_WARNINGS]
 
 STEPS = 2
 DATA = [
@@ -28,22 +29,18 @@ DATA = [
 
 
 def trainer(model: Any, folder: Path, callback: Any = None, **arguments: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "gradient_checkpointing is deprecated" and the like
-        given = transformers.TrainingArguments(
-            output_dir=str(folder),
-            max_steps=STEPS,
-            per_device_train_batch_size=2,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            save_strategy="no",
-            logging_strategy="no",
-            **arguments,
-        )
-        return transformers.Trainer(
-            model, given, train_dataset=DATA, callbacks=[callback] if callback else None
-        )
+    given = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+        **arguments,
+    )
+    return transformers.Trainer(model, given, train_dataset=DATA, callbacks=[callback] if callback else None)
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -57,9 +54,7 @@ def trained(folder: Path, callback: Any = None, before: bool = False, **argument
         dc.apply(model)
     start = counters.regions
     work = trainer(model, folder, callback, **arguments)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        work.train()
+    work.train()
     return model, counters.regions - start
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ def gradients(regions: bool) -> list[Any]:
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     accelerator, _, *expected = gradients(regions=False)
     before = counters.regions

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from typing import Any
 
 import torch
@@ -13,9 +12,6 @@ import distckpt as dc
 from distckpt.engine.events import counters
 from tests.integrations.models import batch, build, without_cache
 from tests.ranks.spawn import leave, report
-
-warnings.simplefilter("ignore")
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 RANK = int(os.environ["RANK"])
 
