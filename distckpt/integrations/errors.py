@@ -1,9 +1,10 @@
-"""Errors of the integrations (DC6xx). DC601, ``UnknownModel``, is raised a floor below, by ``dc.apply``."""
+"""Errors of the integrations (DC6xx). DC601 and DC604 belong to a floor below."""
 
 from __future__ import annotations
 
 from distckpt_backends.errors import DistckptError
 
+from distckpt.modules.errors import Rebound as Rebound
 from distckpt.modules.errors import UnknownModel as UnknownModel
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distckpt.modules.applied import Applied, apply, regions
-from distckpt.modules.errors import AlreadyRegion, ModuleGone, NeverCalled, NoMatch, UnknownModel
+from distckpt.modules.errors import AlreadyRegion, ModuleGone, NeverCalled, NoMatch, Rebound, UnknownModel
 
 __all__ = [
     "AlreadyRegion",
@@ -11,6 +11,7 @@ __all__ = [
     "ModuleGone",
     "NeverCalled",
     "NoMatch",
+    "Rebound",
     "UnknownModel",
     "apply",
     "regions",

@@ -29,6 +29,12 @@ class ModuleGone(DistckptError, ReferenceError):
     code = "DC304"
 
 
+class Rebound(DistckptError, TypeError):
+    """The function inside a region's bound method was bound to something else."""
+
+    code = "DC604"
+
+
 class UnknownModel(DistckptError, LookupError):
     """``dc.apply`` was given no glob, and no library knows the layers of this model."""
 

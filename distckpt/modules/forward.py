@@ -20,7 +20,7 @@ import torch
 from distckpt._torch import skip_frame
 from distckpt.engine.call import run
 from distckpt.engine.options import Options
-from distckpt.modules.errors import AlreadyRegion, ModuleGone
+from distckpt.modules.errors import AlreadyRegion, ModuleGone, Rebound
 
 _OPERATOR_NAMES = frozenset({"function", *(field.name for field in fields(Options)), "use_reentrant"})
 
@@ -95,6 +95,8 @@ def region_of(module: torch.nn.Module) -> ModuleRegion | None:
 
 
 def _call(region: ModuleRegion, /, *args: Any, **kwargs: Any) -> Any:
+    if type(region) is not ModuleRegion:
+        raise _rebound(region)
     module = region.module()
     if module is None:
         raise ModuleGone(
@@ -105,6 +107,16 @@ def _call(region: ModuleRegion, /, *args: Any, **kwargs: Any) -> Any:
     plain = region.plain
     options = None if plain is not None and plain(module, args, kwargs) else region.options
     return _open(module, region.inner, options, args, kwargs)
+
+
+def _rebound(owner: Any) -> Rebound:
+    return Rebound(
+        f"the function of a region's forward was bound to a {type(owner).__name__}, and no longer knows its region",
+        why="somebody took module.forward.__func__ and made a method of the module's of it; accelerate does so to the "
+        "model that it prepares with mixed precision",
+        fix="make regions of the model's layers and not of the model itself (which saves nothing at the peak), or call "
+        "dc.apply after Accelerator.prepare",
+    )
 
 
 def _open(

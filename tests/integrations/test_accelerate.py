@@ -11,14 +11,19 @@ from typing import Any
 import pytest
 import torch
 
+import distckpt as dc
+from distckpt.engine.events import counters
 from distckpt.modules import regions
 
 pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
 pytest.importorskip("accelerate", reason="the extra 'hf' is not installed")
 
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
 from distckpt.integrations.accelerate import DistckptPlugin
 from distckpt.integrations.errors import BothSwitches
-from tests.integrations.models import LAYERS, build
+from tests.integrations.models import LAYERS, batch, build, without_cache
 from tests.ranks.spawn import ROOT, run_ranks
 
 needs_gloo = pytest.mark.skipif(
@@ -139,3 +144,27 @@ def test_accelerates_offload_is_refused_by_the_plugin(monkeypatch: pytest.Monkey
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "true")
     with pytest.raises(BothSwitches, match="activation_checkpointing_offload"):
         plugin()
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_mixed_precision_is_exact_with_regions_from_before_and_after_prepare(after: bool) -> None:
+    def gradients(regions: bool) -> tuple[list[Any], int]:
+        before = counters.regions
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        model = without_cache(build("gpt2"))
+        if regions and not after:
+            dc.apply(model)
+        model = accelerator.prepare(model)
+        if regions and after:
+            dc.apply(model)
+        torch.manual_seed(5)
+        loss = model(**batch()).loss
+        torch.manual_seed(9)
+        accelerator.backward(loss)
+        return [p.grad for p in model.parameters()], counters.regions - before
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    (expected, none), (got, opened) = gradients(False), gradients(True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert (none, opened) == (0, LAYERS["gpt2"])
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
