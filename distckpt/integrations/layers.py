@@ -21,11 +21,11 @@ from distckpt.integrations.errors import BothSwitches, OldFormat
 from distckpt.modules import AlreadyRegion
 from distckpt.modules.forward import region_of
 
-GradientCheckpointingLayer: Any
 try:
     from transformers.modeling_layers import GradientCheckpointingLayer
 except ImportError:  # before 4.53 the model, and not the layer, asks the switch
-    GradientCheckpointingLayer = ()
+    GradientCheckpointingLayer = type("GradientCheckpointingLayer", (torch.nn.Module,), {})  # type: ignore
+
 
 _ROUTER = re.compile(r"(Router|Gating|Gate)$")
 
@@ -52,9 +52,11 @@ def check(model: torch.nn.Module) -> None:
     Raises:
         AlreadyRegion: ``activation_checkpointing_enable`` or ``_set_gradient_checkpointing`` was called before.
     """
+    theirs = _theirs(model)
     for name, module in model.named_modules():
         function = module.__dict__.get("_gradient_checkpointing_func")
-        if function is not None and function is not call and getattr(module, "gradient_checkpointing", False):
+        on = function is not None and getattr(module, "gradient_checkpointing", False)
+        if on and function is not call and module in theirs:
             raise AlreadyRegion(
                 f"module {name!r} is a region already, by transformers' activation checkpointing",
                 why="each of its calls would be recomputed twice",
@@ -64,22 +66,27 @@ def check(model: torch.nn.Module) -> None:
 
 def settle(model: torch.nn.Module) -> None:
     """Set transformers' switch, its guard and the routers' pins where regions are, and take them off where none are."""
-    _settle(model, inside=False)
+    regions = {module for module in model.modules() if _is_region(module)}
+    inside = {module for region in regions for module in region.modules()}
+    for module in _theirs(model):
+        around = not regions.isdisjoint(module.modules())
+        if hasattr(type(module), "gradient_checkpointing") or "gradient_checkpointing" in module.__dict__:
+            _switch(module, around)
+        if isinstance(module, PreTrainedModel):
+            _guard(module, around)
+        if _ROUTER.search(type(module).__name__):
+            _pin_outputs(module, module in inside)
 
 
-def _settle(module: torch.nn.Module, inside: bool) -> bool:
-    """Whether a region is in ``module``; ``inside`` says that one is around it."""
+def _theirs(model: torch.nn.Module) -> set[torch.nn.Module]:
+    """What transformers' own switch would reach, so not the modules of another library beside its model."""
+    tops = (m for m in model.modules() if isinstance(m, (PreTrainedModel, GradientCheckpointingLayer)))
+    return {module for top in tops for module in top.modules()}
+
+
+def _is_region(module: torch.nn.Module) -> bool:
     region = region_of(module)
-    mine = region is not None and region.module() is module and region.options is not None
-    below = [_settle(child, inside or mine) for child in module.children()]
-    on = mine or any(below)
-    if hasattr(type(module), "gradient_checkpointing") or "gradient_checkpointing" in module.__dict__:
-        _switch(module, on)
-    if isinstance(module, PreTrainedModel):
-        _guard(module, on)
-    if _ROUTER.search(type(module).__name__):
-        _pin_outputs(module, inside or mine)
-    return on
+    return region is not None and region.module() is module and region.options is not None
 
 
 def _switch(module: torch.nn.Module, on: bool) -> None:
@@ -94,9 +101,9 @@ def _switch(module: torch.nn.Module, on: bool) -> None:
             state["gradient_checkpointing"] = False
 
 
-def call(function: Callable[..., Any], *args: Any) -> Any:
+def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What transformers calls in the place of a checkpoint function: the region is around this call already."""
-    return function(*args)
+    return function(*args, **kwargs)
 
 
 def plain(module: torch.nn.Module) -> Callable[..., bool]:

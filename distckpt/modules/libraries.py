@@ -84,7 +84,7 @@ def default_layers(model: torch.nn.Module) -> list[str]:
     raise UnknownModel(
         f"dc.apply was given no glob, and which modules of a {type(model).__name__} are its layers is not known",
         where=f"{type(model).__module__}.{type(model).__qualname__}",
-        why=f"layers are found by themselves in models of {', '.join(sorted(_table))}",
+        why=f"a model's library has to mark them; known libraries: {', '.join(sorted(_table))}",
         fix=f"name them with a glob over model.named_modules(), for example dc.apply(model, {example!r})",
     )
 

@@ -76,6 +76,12 @@ def test_apply_before_prepare_is_exact_under_ddp(runs: list[dict[str, Any]]) -> 
 
 
 @needs_gloo
+def test_apply_after_prepare_is_exact_too(runs: list[dict[str, Any]]) -> None:
+    exact(runs, "ddp, apply after")
+    exact(runs, "fsdp2, apply after")
+
+
+@needs_gloo
 def test_the_plugin_reads_accelerates_switch_as_its_own(runs: list[dict[str, Any]]) -> None:
     exact(runs, "fsdp2, plugin, flag on")
     for rank in runs:

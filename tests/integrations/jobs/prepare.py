@@ -51,7 +51,7 @@ def step(model: Any, backward: Any) -> dict[str, Any]:
     }
 
 
-def accelerated(plugin: Any = None, before: bool = False) -> dict[str, Any]:
+def accelerated(plugin: Any = None, before: bool = False, after: bool = False) -> dict[str, Any]:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DistributedType
@@ -67,6 +67,8 @@ def accelerated(plugin: Any = None, before: bool = False) -> dict[str, Any]:
         dc.apply(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model, optimizer = accelerator.prepare(model, optimizer)
+    if after:
+        dc.apply(model)
     model.train()
     result = step(model, accelerator.backward)
     result["kind"] = type(model).__name__
@@ -112,6 +114,8 @@ def main() -> None:
         "fsdp2, plugin": accelerated(fsdp(Ours)),
         "fsdp2, plugin, flag on": accelerated(fsdp(Ours, activation_checkpointing=True)),
         "fsdp2, plugin, flag off": accelerated(fsdp(Ours, activation_checkpointing=False)),
+        "fsdp2, apply after": accelerated(fsdp(Theirs), after=True),
+        "ddp, apply after": accelerated(after=True),
         "fsdp2, apply before": accelerated(fsdp(Theirs), before=True),
         "fabric": fabric(before=False),
         "fabric, apply before": fabric(before=True),
