@@ -83,7 +83,7 @@ def apply(
         A handle whose ``remove()`` undoes this.
 
     Raises:
-        NoMatch: a glob matches no module (DC301). Nothing has been changed; so too for the next two.
+        NoMatch: a glob matches no module (DC301). Nothing has been changed then, and after any error below.
         AlreadyRegion: a chosen module is a region already, by whatever way (DC302).
         NeverCalled: a glob matches only containers (DC303).
         UnknownModel: no glob, and no known library has layers in this model (DC601).
