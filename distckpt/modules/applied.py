@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +13,7 @@ from distckpt.engine.options import ContextFn, Options
 from distckpt.modules.errors import AlreadyRegion, NeverCalled
 from distckpt.modules.forward import ModuleRegion, region_of
 from distckpt.modules.globs import select
+from distckpt.modules.libraries import default_layers, libraries, plain
 
 
 class Applied:
@@ -20,8 +22,9 @@ class Applied:
     ``names`` are the modules' dotted names in the model, in ``named_modules()`` order.
     """
 
-    def __init__(self, regions: Iterable[tuple[str, ModuleRegion]]) -> None:
+    def __init__(self, regions: Iterable[tuple[str, ModuleRegion]], model: torch.nn.Module) -> None:
         self._regions = tuple(regions)
+        self._model = weakref.ref(model)  # a handle that is kept does not keep the model
         self.names = tuple(name for name, _ in self._regions)
 
     def remove(self) -> None:
@@ -32,6 +35,10 @@ class Applied:
         """
         for _, region in reversed(self._regions):
             region.detach()
+        model = self._model()
+        if self._regions and model is not None:
+            for library in libraries(model):
+                library.settle(model)
         self._regions = ()
 
     def __enter__(self) -> Applied:
@@ -49,7 +56,7 @@ class Applied:
 
 def apply(
     model: torch.nn.Module,
-    globs: str | Iterable[str],
+    globs: str | Iterable[str] | None = None,
     *,
     preserve_rng_state: bool = True,
     context_fn: ContextFn | None = None,
@@ -67,7 +74,8 @@ def apply(
     Args:
         globs: one glob over the names of ``model.named_modules()``, or several. ``*`` stays within one dotted
             part, ``**`` crosses them; ``""`` is the model itself. A module that contains another chosen one makes
-            nested regions. Containers that are never called (``ModuleList``) are passed over.
+            nested regions. Containers that are never called (``ModuleList``) are passed over. Left out: the layers
+            of a transformers model, also inside a peft or Lightning module.
         preserve_rng_state, context_fn, determinism_check, debug, early_stop, respect_saved_tensors_hooks:
             as for ``dc.checkpoint``, the same for every chosen module.
 
@@ -75,9 +83,11 @@ def apply(
         A handle whose ``remove()`` undoes this.
 
     Raises:
-        NoMatch: a glob matches no module (DC301). Nothing has been changed; so too for the next two.
+        NoMatch: a glob matches no module (DC301). Nothing has been changed then, and after any error below.
         AlreadyRegion: a chosen module is a region already, by whatever way (DC302).
         NeverCalled: a glob matches only containers (DC303).
+        UnknownModel: no glob, and no known library has layers in this model (DC601).
+        OldFormat: no glob, and a transformers model that switches checkpointing the old way (DC602).
         BadOption: an option has a value that it does not know (DC109).
 
     Example:
@@ -95,26 +105,36 @@ def apply(
     chosen = choose(model, globs)
     for name, module in chosen:
         _refuse_region(module, name)
+    known = libraries(model)
+    for library in known:
+        library.check(model)
     regions = [
-        (name, ModuleRegion(module, Options(name=name or type(module).__name__, **options)))
+        (name, ModuleRegion(module, Options(name=name or type(module).__name__, **options), plain(module)))
         for name, module in chosen
     ]
     for _, region in regions:
         region.attach()
-    return Applied(regions)
+    for library in known:
+        library.settle(model)
+    return Applied(regions, model)
 
 
-def choose(model: torch.nn.Module, globs: str | Iterable[str]) -> list[tuple[str, torch.nn.Module]]:
+def choose(
+    model: torch.nn.Module, globs: str | Iterable[str] | None = None
+) -> list[tuple[str, torch.nn.Module]]:
     """The modules that ``globs`` mean: those with a forward, each once, in ``named_modules()`` order.
 
     Raises:
         NoMatch: a glob matches no module (DC301).
         NeverCalled: a glob matches only containers (DC303).
+        UnknownModel, OldFormat: no glob, and no known library has layers in this model (DC601, DC602).
     """
     # With its duplicates: a shared module may be named by any of its names, and is chosen once.
     modules = dict(model.named_modules(remove_duplicate=False))
     chosen: dict[torch.nn.Module, str] = {}
-    for glob in (globs,) if isinstance(globs, str) else tuple(globs):
+    if globs is None:
+        chosen.update({modules[name]: name for name in default_layers(model)})
+    for glob in (globs,) if isinstance(globs, str) else tuple(globs or ()):
         called = {name: modules[name] for name in select([glob], modules) if _has_forward(modules[name])}
         if not called:
             raise _never_called(glob, modules, select([glob], modules))
@@ -127,7 +147,8 @@ def choose(model: torch.nn.Module, globs: str | Iterable[str]) -> list[tuple[str
 def regions(model: torch.nn.Module) -> Applied:
     """The regions that are on ``model`` now: for a copy or a loaded pickle, which has no handle yet."""
     found = ((name, module, region_of(module)) for name, module in model.named_modules())
-    return Applied((name, region) for name, module, region in found if region and region.module() is module)
+    mine = ((name, region) for name, module, region in found if region and region.module() is module)
+    return Applied(mine, model)
 
 
 def _has_forward(module: torch.nn.Module) -> bool:

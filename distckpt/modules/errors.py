@@ -27,3 +27,15 @@ class ModuleGone(DistckptError, ReferenceError):
     """A region was called after the module it belongs to was deleted."""
 
     code = "DC304"
+
+
+class Rebound(DistckptError, TypeError):
+    """The function inside a region's bound method was bound to something else."""
+
+    code = "DC604"
+
+
+class UnknownModel(DistckptError, LookupError):
+    """``dc.apply`` was given no glob, and no library knows the layers of this model."""
+
+    code = "DC601"

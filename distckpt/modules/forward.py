@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from inspect import getattr_static
@@ -19,7 +20,7 @@ import torch
 from distckpt._torch import skip_frame
 from distckpt.engine.call import run
 from distckpt.engine.options import Options
-from distckpt.modules.errors import AlreadyRegion, ModuleGone
+from distckpt.modules.errors import AlreadyRegion, ModuleGone, Rebound
 
 _OPERATOR_NAMES = frozenset({"function", *(field.name for field in fields(Options)), "use_reentrant"})
 
@@ -30,12 +31,16 @@ class ModuleRegion:
     """The options of one module's region, bound weakly to the module.
 
     Copies and pickles follow the module: a deep copy of the module has a region of its own. ``options`` is None
-    once the region is taken off, for callers that still hold its ``forward``.
+    once the region is taken off, for callers that still hold its ``forward``. ``plain(module, args, kwargs)``, if
+    given, says which calls must not be regions.
     """
 
-    __slots__ = ("__weakref__", "inner", "module", "options", "replaced")
+    __slots__ = ("__weakref__", "inner", "module", "options", "plain", "replaced")
 
-    def __init__(self, module: torch.nn.Module, options: Options) -> None:
+    def __init__(
+        self, module: torch.nn.Module, options: Options, plain: Callable[..., bool] | None = None
+    ) -> None:
+        self.plain = plain
         # Weak: a strong reference would be a cycle, and `del model` would no longer free its parameters.
         self.module = weakref.ref(module)
         self.options: Options | None = options
@@ -55,10 +60,10 @@ class ModuleRegion:
             self.inner = module.forward
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return self.module(), self.options, self.inner, self.replaced
+        return self.module(), self.options, self.inner, self.replaced, self.plain
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        module, self.options, self.inner, self.replaced = state
+        module, self.options, self.inner, self.replaced, self.plain = state
         self.module = weakref.ref(module)
 
     @property
@@ -90,6 +95,8 @@ def region_of(module: torch.nn.Module) -> ModuleRegion | None:
 
 
 def _call(region: ModuleRegion, /, *args: Any, **kwargs: Any) -> Any:
+    if type(region) is not ModuleRegion:
+        raise _rebound(region)
     module = region.module()
     if module is None:
         raise ModuleGone(
@@ -97,7 +104,19 @@ def _call(region: ModuleRegion, /, *args: Any, **kwargs: Any) -> Any:
             why="a region belongs to one module, and only a deep copy of the module gets its own",
             fix="keep the module that dc.apply was given, or call dc.apply on the copy",
         )
-    return _open(module, region.inner, region.options, args, kwargs)
+    plain = region.plain
+    options = None if plain is not None and plain(module, args, kwargs) else region.options
+    return _open(module, region.inner, options, args, kwargs)
+
+
+def _rebound(owner: Any) -> Rebound:
+    return Rebound(
+        f"the function of a region's forward was bound to a {type(owner).__name__}, and no longer knows its region",
+        why="somebody took module.forward.__func__ and made a method of the module's of it; accelerate does so to the "
+        "model that it prepares with mixed precision",
+        fix="make regions of the model's layers and not of the model itself (which saves nothing at the peak), or call "
+        "dc.apply after Accelerator.prepare",
+    )
 
 
 def _open(

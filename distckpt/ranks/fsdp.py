@@ -125,7 +125,7 @@ def fully_shard(
     globs = _region_globs(made, regions)
     nested = _units_inside(model, made, globs)
     fsdp_units.rehearse(made)
-    applied = apply(model, globs, **for_regions) if globs else Applied(())
+    applied = apply(model, globs, **for_regions) if globs else Applied((), model)
     _shard(made, applied)
     guard_units(model)
     return Sharded(applied, {unit.name: unit.options for unit in made}, nested)

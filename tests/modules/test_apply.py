@@ -10,6 +10,7 @@ import pickle
 import weakref
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from torch import nn
 from distckpt.engine import is_recomputing
 from distckpt.engine.errors import BadOption
 from distckpt.engine.events import counters
-from distckpt.modules import AlreadyRegion, ModuleGone, NeverCalled, NoMatch, apply, regions
+from distckpt.modules import AlreadyRegion, ModuleGone, NeverCalled, NoMatch, Rebound, apply, regions
 from tests.modules.models import Block, Model, same, step
 
 
@@ -327,3 +328,12 @@ def test_under_no_grad_it_is_a_plain_call() -> None:
     with torch.no_grad():
         model(torch.randn(4, 8))
     assert counters.regions == regions_before
+
+
+def test_a_forward_that_was_cut_off_its_region_says_so() -> None:
+    model = Model()
+    apply(model, "")
+    model.forward = MethodType(model.forward.__func__, model)  # type: ignore[attr-defined]
+    with pytest.raises(Rebound, match="layers and not of the model itself") as caught:
+        step(model)
+    assert caught.value.code == "DC604"
