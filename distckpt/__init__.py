@@ -1,5 +1,7 @@
 """distckpt: recompute activations instead of storing them, exactly, on one device or on every rank."""
 
+from typing import TYPE_CHECKING, Any
+
 from distckpt import compat as compat
 from distckpt import devices as devices
 from distckpt import rng as rng
@@ -17,4 +19,18 @@ from distckpt.policy import CheckpointPolicy as CheckpointPolicy
 from distckpt.policy import SelectiveCheckpointContext as SelectiveCheckpointContext
 from distckpt.policy import create_selective_checkpoint_contexts as create_selective_checkpoint_contexts
 
+if TYPE_CHECKING:
+    from distckpt.ranks import Coordinator as Coordinator
+
 __version__ = "0.1.0"
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        # What only jobs of several ranks use is imported when it is first named.
+        if name == "Coordinator":
+            from distckpt.ranks import Coordinator
+
+            globals()[name] = Coordinator
+            return Coordinator
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,6 +16,7 @@ from torch.autograd import Function
 from distckpt._torch import call_without_dynamo, dynamo_callback, reentrant_backward_allowed
 from distckpt.engine.barrier import Tie
 from distckpt.engine.errors import BadOption
+from distckpt.engine.events import failed
 from distckpt.engine.inputs import tensors
 from distckpt.engine.options import Options
 from distckpt.engine.region import Region, abort_region, close_region, open_region
@@ -122,7 +123,11 @@ def _recompute(region: Region, inputs: tuple[Any, ...]) -> Any:
             here.frame = frame.outer
 
     with region.lock:
-        replay(region, run)
+        try:
+            replay(region, run)
+        except Exception as error:
+            failed(region, error)
+            raise
     return outputs[0]
 
 

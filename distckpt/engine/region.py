@@ -31,7 +31,7 @@ from distckpt.engine.barrier import Tie
 from distckpt.engine.devices import choose, current_rule, device_types, stashed_backends
 from distckpt.engine.doubt import Doubtful, settle
 from distckpt.engine.errors import LateDevice, SuppressedException, UnstashedDraw
-from distckpt.engine.events import counters
+from distckpt.engine.events import counters, failed
 from distckpt.engine.inputs import own, tensors
 from distckpt.engine.mismatch import mutated
 from distckpt.engine.options import Options
@@ -96,7 +96,9 @@ class Region:
         if type(value) is Doubtful:
             value = settle(self, slot, value)
         if value._version != slot.meta[3]:
-            raise mutated(self, value, slot.meta)
+            error = mutated(self, value, slot.meta)
+            failed(self, error)
+            raise error
         return value
 
     @opaque_to_dynamo
@@ -129,7 +131,11 @@ class Region:
             current.admit(self, task)
         elif not self.options.strict:
             sessions.refuse_second_unpack(self, task)
-        replay(self)
+        try:
+            replay(self)
+        except Exception as error:
+            failed(self, error)
+            raise
         self.backward = task if current is None else current
         if current is None and self.session is None and task != -1:
             queue_callback(partial(_end_of_backward, _ref(self)))

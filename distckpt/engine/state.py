@@ -32,6 +32,12 @@ class _Thread(threading.local):
 here = _Thread()
 
 
+def region_here() -> Region | None:
+    """The innermost region that this thread records or replays, or None."""
+    frame = here.frame
+    return frame.region if isinstance(frame, Frame) else frame
+
+
 def is_recomputing() -> bool:
     """True while this thread replays a region, False in every first forward.
 

@@ -1,3 +1,5 @@
 """Ranks: agreement, FSDP units, pipeline stages, and random streams over many processes."""
 
 from distckpt.ranks.coordinator import Coordinator as Coordinator
+from distckpt.ranks.regionplan import RegionPlan as RegionPlan
+from distckpt.ranks.world import World as World

@@ -1,0 +1,150 @@
+"""Alarm: a replay that failed on one rank ends the others with an error that names it.
+
+Note [Alarm]
+    The engine tells us when a replay raises; the rank writes that under one key of the store. On every rank a thread
+    with its own connection looks for the key (once a second; at 4,096 ranks every four, so that the store sees a
+    thousand requests a second and no more). Before the failed rank's error goes on it waits until all have heard, a few
+    seconds at most: its process is likely to end then, and a launcher that sees this stops the others at once. Who
+    hears prints one line, and its training thread gets ``RemoteReplayFailed``:
+
+    1. A meeting that it waits in ends at once with that verdict.
+    2. Anywhere else the exception is set on it from outside and lands at its next bytecode.
+    3. A thread blocked in a collective runs no bytecode. NCCL communicators are aborted, which ends the collective.
+       Gloo's cannot be (measured on torch 2.9 and 2.13: ``abort`` returns and the wait goes on), but they fail as soon
+       as the failed rank's process is gone, which is what its error normally leads to; then the exception lands.
+    4. When it has not landed after ``grace`` seconds, the error is printed and the process ends with ``EXIT_CODE``:
+       the launcher stops the job, and nobody waits for the collective's own timeout (30 minutes for gloo).
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import json
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+from distckpt import _torch_dist
+from distckpt.engine.events import on_failed_replay
+from distckpt.ranks.errors import RemoteReplayFailed
+from distckpt.ranks.meeting import Channel, Verdict
+
+EXIT_CODE = 86
+_EVERY = 1.0  # seconds between two looks
+_LOOKS = 1000  # per second, over all ranks, at most
+
+
+class Alarm:
+    """Started on every rank, on the thread that trains. ``stop()`` when the job is over; harmless to repeat.
+
+    Args:
+        grace: seconds that a thread blocked in a collective is given to come out before the process is ended.
+    """
+
+    def __init__(self, channel: Channel, *, grace: float = 10.0) -> None:
+        self.grace = grace
+        self._channel = channel
+        self._key = f"{channel.namespace}/alarm"
+        self._thread_id = threading.get_ident()
+        self._store = channel.store.clone()
+        self._had_group = dist.is_initialized()
+        self._every = max(_EVERY, channel.world.size / _LOOKS)
+        self._stopped = threading.Event()
+        self._landed = threading.Event()
+        self._failed_here = False
+        self._remove = on_failed_replay(self._raise_alarm)
+        self._watcher = threading.Thread(target=self._watch, name="distckpt-alarm", daemon=True)
+        self._watcher.start()
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """Stop watching and listening."""
+        self._remove()
+        self._stopped.set()
+        atexit.unregister(self.stop)
+        if threading.current_thread() is not self._watcher:
+            self._watcher.join(timeout=5)
+
+    def _raise_alarm(self, region: str, error: Exception) -> None:
+        if self._failed_here:
+            return
+        self._failed_here = True
+        said = {"rank": self._channel.world.rank, "region": region, "error": type(error).__name__}
+        said["message"] = str(error).split("\n", 1)[0][:500]
+        try:
+            if self._store.add(f"{self._key}/claim", 1) == 1:  # the first failure is the one that all hear of
+                self._store.set(self._key, json.dumps(said))
+            self._wait_until_heard()
+        except dist.DistError as trouble:  # the error itself must reach the caller
+            print(
+                f"distckpt: the failed replay could not be told to the other ranks: {trouble}",
+                file=sys.stderr,
+            )
+
+    def _wait_until_heard(self) -> None:
+        end = time.monotonic() + 3 * self._every
+        while time.monotonic() < end:
+            # A rank that fails as well counts as one that has heard.
+            if self._store.add(f"{self._key}/heard", 0) >= self._channel.world.size - 1:
+                return
+            time.sleep(self._every / 20)
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self._every):
+            if self._had_group and not dist.is_initialized():
+                return  # this rank has left
+            try:
+                if not self._store.check([self._key]):
+                    continue
+                said = json.loads(self._store.get(self._key))
+                if said["rank"] == self._channel.world.rank:
+                    return
+                self._store.add(f"{self._key}/heard", 1)
+            except RuntimeError:  # the store is gone, and with it the job
+                return
+            return None if self._failed_here else self._ring(said)  # its own error is enough for a rank
+
+    def _ring(self, said: dict[str, Any]) -> None:
+        error = RemoteReplayFailed(
+            f"a replay failed on rank {said['rank']}: {said['error']}: {said['message']}",
+            where=said["region"],
+            why=f"rank {self._channel.world.rank} would have waited in a collective for a rank that does not come",
+            fix=f"the log of rank {said['rank']} has the whole error",
+        )
+        print(f"distckpt: rank {self._channel.world.rank}: {error.what}", file=sys.stderr, flush=True)
+        if self._channel.interrupt(self._store, Verdict.of(error)):
+            return
+        raise_in(self._thread_id, _arriving(error, self._landed))
+        threading.Thread(target=_torch_dist.abort_groups, daemon=True).start()  # NCCL's may take its time
+        if not self._landed.wait(self.grace) and not self._stopped.is_set():
+            print(
+                f"{error}\n  (a collective still waits: exit code {EXIT_CODE})", file=sys.stderr, flush=True
+            )
+            os._exit(EXIT_CODE)
+
+
+def _arriving(error: RemoteReplayFailed, landed: threading.Event) -> type[RemoteReplayFailed]:
+    """A class that the interpreter can call without arguments, in the thread that it is to be raised in."""
+
+    class Arrived(RemoteReplayFailed):
+        def __init__(self) -> None:
+            landed.set()
+            super().__init__(error.what, error.where, error.why, error.fix)
+
+        def __reduce__(self) -> Any:
+            return error.__reduce__()
+
+    Arrived.__name__ = Arrived.__qualname__ = RemoteReplayFailed.__name__
+    Arrived.__module__ = RemoteReplayFailed.__module__
+    return Arrived
+
+
+def raise_in(thread_id: int, kind: type[BaseException]) -> bool:
+    """Raise ``kind()`` in another thread at its next bytecode. False: the thread has ended."""
+    set_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    return set_exception(ctypes.c_ulong(thread_id), ctypes.py_object(kind)) == 1
