@@ -113,7 +113,7 @@ class Alarm:
         error = RemoteReplayFailed(
             f"a replay failed on rank {said['rank']}: {said['error']}: {said['message']}",
             where=said["region"],
-            why=f"rank {self._channel.world.rank} would have waited in a collective for a rank that does not come",
+            why="the other ranks would wait in their next collective for one that does not come",
             fix=f"the log of rank {said['rank']} has the whole error",
         )
         print(f"distckpt: rank {self._channel.world.rank}: {error.what}", file=sys.stderr, flush=True)

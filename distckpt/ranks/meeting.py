@@ -74,7 +74,7 @@ class Channel:
     def __init__(self, store: Any, world: World) -> None:
         self.store = store
         self.world = world
-        self.namespace = f"distckpt/{world.run}/{world.restart}"
+        self.namespace = f"distckpt/{world.run}/{world.round}"
         self._lock = threading.Lock()
         self._waiting: set[str] = set()
         self._interrupted = threading.Event()
@@ -108,8 +108,7 @@ class Channel:
         if len(ranks) == 1:
             verdict = judge({self.world.rank: message}, {})
             return judge({self.world.rank: message}, {self.world.rank: text()}) if verdict.ask else verdict
-        counter = _numbers.setdefault((f"{self.namespace}/{topic}", self.world.rank), itertools.count())
-        key = f"{self.namespace}/{topic}/{next(counter)}"
+        key = f"{self.namespace}/{topic}/{self.number(topic)}"
         try:
             return _Meeting(self, key, ranks, timeout, subject).hold(message, judge, text)
         except dist.DistError as error:
@@ -119,6 +118,10 @@ class Channel:
                 why=str(error).splitlines()[0],
                 fix="the process that serves it is gone, torchrun's agent or rank 0: see its log first",
             ) from error
+
+    def number(self, topic: str) -> int:
+        """How often this has been asked about ``topic`` by this rank, in this job and restart."""
+        return next(_numbers.setdefault((f"{self.namespace}/{topic}", self.world.rank), itertools.count()))
 
     def wait(self, key: str, seconds: float) -> bytes | None:
         """The value of ``key`` once it is there, or None after ``seconds``."""
@@ -158,7 +161,8 @@ class _Meeting:
         self.key = key
         self.ranks = ranks
         self.timeout = timeout
-        self.subject = subject or " ".join(key.rsplit("/", 2)[-2:])
+        topic, number = key.rsplit("/", 2)[-2:]
+        self.subject = subject or f"{topic} {int(number) + 1}"
 
     def hold(self, message: bytes, judge: Judge, text: Callable[[], bytes]) -> Verdict:
         self.store.set(f"{self.key}/say/{self.rank}", message)

@@ -12,6 +12,7 @@ Note [Watch]
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import weakref
@@ -54,6 +55,9 @@ class Watch(TorchDispatchMode):
         self._pending: dict[tuple[int, ...], list[list[str]]] = {}
         self._totals: dict[tuple[int, ...], int] = {}
         self._numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._next_number = itertools.count()  # not how many are alive: regions die whenever they are collected
+        # A name of its own for every watch: ranks that an error left at different places of one meet anew in the next.
+        self._topic = f"watch/{channel.number('watch')}"
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -73,7 +77,9 @@ class Watch(TorchDispatchMode):
         region = region_here()
         assert region is not None
         with self._lock:
-            number = self._numbers.setdefault(region, len(self._numbers))
+            if region not in self._numbers:
+                self._numbers[region] = next(self._next_number)
+            number = self._numbers[region]
         group = _torch_dist.group_of_collective(args) if is_recomputing() else None
         if group is None:
             return
@@ -94,7 +100,7 @@ class Watch(TorchDispatchMode):
         self._totals[members] = before + len(pending)
         self._pending[members] = []
         verdict = self._channel.meet(
-            f"watch/{key}",
+            f"{self._topic}/{key}",
             json.dumps([before, pending]).encode(),
             _judge_order,
             timeout=self.timeout,
@@ -113,9 +119,12 @@ class Watch(TorchDispatchMode):
         lists = [[members, self._totals.get(members, 0), rest] for members, rest in self._pending.items()]
         message = json.dumps(lists).encode()
         subject = "the end of a watch"
-        self._channel.meet(
-            "watch/end", message, _judge_end, timeout=self.timeout, subject=subject
-        ).raise_error()
+        verdict = self._channel.meet(
+            f"{self._topic}/end", message, _judge_end, timeout=self.timeout, subject=subject
+        )
+        verdict.raise_error()
+        self.compared += sum(map(len, self._pending.values()))
+        self._pending.clear()
 
 
 def _shapes(args: Any) -> list[str]:

@@ -38,6 +38,14 @@ class World:
     restart: int = 0
     run: str = "none"
 
+    @property
+    def round(self) -> str:
+        """A name for this start of the job's processes, the same on every rank and another after an elastic restart.
+
+        Torchrun does not count a restart when nodes join or leave, only when workers fail, so the size is part of it.
+        """
+        return f"{self.restart}-{self.size}" if self.launcher == "torchrun" else str(self.restart)
+
     def require_size(self, size: int | None, what: str) -> None:
         """Refuse a world of another size than ``what`` was made for; None fits every world.
 

@@ -1,0 +1,40 @@
+"""Under torchrun with one restart: in the first round rank 1 dies while rank 0 waits for it in a check.
+
+Argument: "group" meets through the store of a gloo group, "store" through torchrun's own, which outlives the round.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch.distributed as dist
+from torch import nn
+
+import distckpt as dc
+from distckpt.ranks import RegionPlan
+from distckpt_backends.errors import DistckptError
+from tests.ranks.spawn import report
+
+if sys.argv[1] == "group":
+    dist.init_process_group("gloo")
+coord = dc.Coordinator(timeout=100)
+model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
+dc.apply(model, "0")
+coord.check(model)
+if coord.restart == 0:
+    if coord.rank == 1:
+        os._exit(1)
+    coord.check(model)  # its message stays behind when torchrun ends this process
+coord.check(model)
+text = ""
+try:
+    coord.check(model, RegionPlan.of(model, world_size=3))
+except DistckptError as error:
+    text = str(error)
+report({"rank": coord.rank, "restart": coord.restart, "launcher": coord.world.launcher, "shrunk": text})
+coord.check(model)
+coord.close()
+if sys.argv[1] == "group":
+    dist.barrier()
+    dist.destroy_process_group()
