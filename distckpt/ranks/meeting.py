@@ -142,13 +142,14 @@ class Channel:
         """From another thread, through a connection of its own: end what this rank waits for with ``verdict``.
 
         Returns:
-            Whether the rank was waiting, and has read the verdict.
+            Whether the rank has read such a verdict, this one or another's.
         """
         with self._lock:
             keys = list(self._waiting)
         for key in keys:
             store.set(key, _pack(verdict))
-        return bool(keys) and self._interrupted.wait(seconds)
+        # Another rank may have ended the meeting that both wait in.
+        return self._interrupted.wait(seconds if keys else 0)
 
 
 class _Meeting:

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ VERSION = 1
 Regions = Mapping[str, Any]  # dotted name -> {"by": what made it a region, "options": {...}}
 
 _WRAPPERS = frozenset({"_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"})
+_NAMED = (FunctionType, BuiltinFunctionType, MethodType, type)
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -129,9 +131,8 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, (set, frozenset)):
         return sorted(canonical(plain(item)) for item in value)
-    name = getattr(value, "__qualname__", None)
-    if isinstance(name, str):
-        return f"{getattr(value, '__module__', None) or '?'}.{name}"
+    if isinstance(value, _NAMED):
+        return f"{value.__module__}.{value.__qualname__}"
     return _ADDRESS.sub("", str(value))
 
 

@@ -55,7 +55,9 @@ class Watch(TorchDispatchMode):
         self._pending: dict[tuple[int, ...], list[list[str]]] = {}
         self._totals: dict[tuple[int, ...], int] = {}
         self._numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        self._next_number = itertools.count()  # not how many are alive: regions die whenever they are collected
+        self._next_number = (
+            itertools.count()
+        )  # not how many are alive: regions die whenever they are collected
         # A name of its own for every watch: ranks that an error left at different places of one meet anew in the next.
         self._topic = f"watch/{channel.number('watch')}"
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from distckpt_backends.errors import DistckptError
 from torch import nn
 
 import distckpt as dc
 from distckpt.ranks import World
 from distckpt.ranks.errors import PlansDiffer, RanksMissing, RemoteReplayFailed
 from distckpt.ranks.meeting import Channel, Verdict, _pack, spans
-from distckpt_backends.errors import DistckptError
 from tests.ranks.threads import CountingStore, on_ranks
 
 
@@ -62,7 +62,9 @@ def test_the_message_is_as_small_for_a_thousand_regions_as_for_one() -> None:
     assert message(small) == message(large) < 400
 
 
-def test_the_judge_reads_one_message_per_rank_in_one_request_and_the_others_read_a_verdict_of_two_bytes() -> None:
+def test_the_judge_reads_one_message_per_rank_in_one_request_and_the_others_read_a_verdict_of_two_bytes() -> (
+    None
+):
     counts = on_ranks(8, lambda world, store: checked(world, store, model(3)), run_id="bytes")
     (judge,) = [count for count in counts if "multi_get" in count.requests]
     members = [count for count in counts if count is not judge]

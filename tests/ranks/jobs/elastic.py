@@ -9,11 +9,11 @@ import os
 import sys
 
 import torch.distributed as dist
+from distckpt_backends.errors import DistckptError
 from torch import nn
 
 import distckpt as dc
 from distckpt.ranks import RegionPlan
-from distckpt_backends.errors import DistckptError
 from tests.ranks.spawn import report
 
 if sys.argv[1] == "group":

@@ -7,19 +7,19 @@ import sys
 import time
 
 import torch.distributed as dist
+from distckpt_backends.errors import DistckptError
 
 import distckpt as dc
-from distckpt_backends.errors import DistckptError
 from tests.ranks.spawn import report
 
 dist.init_process_group("gloo")
 RANK = dist.get_rank()
-coord = dc.Coordinator(timeout=3, alarm=False)
+coord = dc.Coordinator(timeout=2, alarm=False)
 coord.check()
 if RANK == 2:
     if sys.argv[1] == "dies":
         os._exit(3)
-    time.sleep(6)
+    time.sleep(5)
 start = time.monotonic()
 try:
     coord.check()
@@ -27,5 +27,5 @@ except DistckptError as error:
     report({"class": type(error).__name__, "text": str(error), "seconds": time.monotonic() - start})
 sys.stdout.flush()
 if RANK != 2:
-    time.sleep(4)  # gloo's threads may abort when a peer is gone first
+    time.sleep(3.5)  # gloo's threads may abort when a peer is gone first
 os._exit(0)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
+from distckpt_backends.errors import DistckptError
 
 import distckpt as dc
-from distckpt_backends.errors import DistckptError
 from tests.ranks.spawn import leave, report
 
 dist.init_process_group("gloo")
