@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from overhead import TARGETS
+from ranks_check import HEADER, cells
 from report import RESULTS, table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
@@ -62,6 +63,16 @@ region needs again, and got an error that says so. `no reference` means that the
 `left out` that it cannot be compared (the reasons are in the result file). `mended` counts what failed in the long
 run, was repaired, and passes when its programs are drawn again; the tests in
 `tests/composition/test_regressions.py` hold everything that was ever found.
+"""
+
+
+RANKS_CHECK = """## Agreement of ranks
+
+`Coordinator.check` on real gloo ranks, one process each, all on one machine: with more ranks than cores they take
+turns, so the times are bounds from above. `agree` is the median over the checks of the slowest rank's time, `worst`
+the slowest check, `differ` the time until the last rank has raised when one rank has other regions. `requests` and
+`bytes` (keys and values) are those of one check, all ranks together: 6 requests per rank and 7 more in all. `group` is
+what `init_process_group` takes for the same ranks, for comparison.
 """
 
 
@@ -156,6 +167,13 @@ def compose_part() -> str:
     return "\n".join([*parts, table(header, rows), "", *sources])
 
 
+def ranks_check_part(result: dict[str, Any]) -> str:
+    """Render the cost of agreeing, by world size."""
+    rows = [cells(row) for row in result["rows"]]
+    size = f"{result['layers']} regions on each rank, {result['rounds']} checks of each kind. "
+    return "\n".join([RANKS_CHECK, table(HEADER, rows), "", size + source(result)])
+
+
 def page() -> str:
     """Return the whole page."""
     overhead, memory = load("overhead"), load("memory")
@@ -163,6 +181,8 @@ def page() -> str:
     parts += [overhead_part(overhead)] if overhead else []
     parts += [memory_part(memory)] if memory else []
     parts += [gpt_part(), compose_part()]
+    ranks_check = load("ranks_check")
+    parts += [ranks_check_part(ranks_check)] if ranks_check else []
     return "\n".join(parts).rstrip() + "\n"
 
 

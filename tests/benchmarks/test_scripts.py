@@ -55,5 +55,13 @@ def test_compose_reports_its_programs() -> None:
     assert "0 failures" in printed
 
 
+def test_ranks_check_raises_on_every_rank_and_counts_its_requests() -> None:
+    printed = run("ranks_check.py", "--worlds", "2", "3", "--rounds", "2", "--no-write")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["2", "3"]
+    assert [row[4] for row in rows] == ["2", "3"]
+    assert [row[5] for row in rows] == ["19", "25"]  # 6 per rank and 7
+
+
 def test_the_benchmark_page_is_what_the_result_files_say() -> None:
     run("docs.py", "--check")
