@@ -105,7 +105,8 @@ def test_the_long_text_is_sent_only_on_disagreement_and_only_by_one_rank_of_each
 @pytest.mark.parametrize("restart", [0, 1])
 def test_keys_of_an_earlier_restart_are_never_read(restart: int) -> None:
     store = dist.HashStore()
-    old = "distckpt/elastic/0/check/0"
+    job = f"elastic {restart}"
+    old = f"distckpt/{job}/0/check/0"
     store.set(f"{old}/say/0", "left by a round that died")
     store.add(f"{old}/here", 1)
     store.add(f"{old}/claim", 1)
@@ -114,7 +115,7 @@ def test_keys_of_an_earlier_restart_are_never_read(restart: int) -> None:
     def run(world: World, own: Any) -> Any:
         return dc.Coordinator(world=world, store=own, alarm=False, timeout=1).check(model(1)).hash
 
-    results = on_ranks(2, run, run_id="elastic", restart=restart, store=store)
+    results = on_ranks(2, run, run_id=job, restart=restart, store=store)
     if restart:
         assert results[0] == results[1]
     else:  # the same round again would have been misled
@@ -188,7 +189,8 @@ def test_a_meeting_can_be_ended_from_another_thread() -> None:
         channel.meet("x", b"", lambda messages, texts: Verdict(), timeout=60)
     thread.join()
     assert ended == [True]
-    assert channel.interrupt(store, Verdict.of(error)) is False  # nobody waits now
+    assert channel.interrupt(store, Verdict.of(error))  # it knows already, and needs no second error
+    assert not Channel(store, World(0, 2, run="not waiting")).interrupt(store, Verdict.of(error))
 
 
 def test_a_file_store_serves_as_well(tmp_path: Path) -> None:
