@@ -144,11 +144,16 @@ def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-@functools.cache
-def _disabled_call() -> Callable[..., Any]:
-    from torch._dynamo import disable  # takes a second to import, so only when a compiled caller is running
+# Not functools.cache: Dynamo, which sees this call after a graph break, warns about that one.
+_disabled: list[Callable[..., Any]] = []
 
-    return disable(_call)
+
+def _disabled_call() -> Callable[..., Any]:
+    if not _disabled:
+        from torch._dynamo import disable  # takes a second to import, so only when a compiled caller is running
+
+        _disabled.append(disable(_call))
+    return _disabled[0]
 
 
 def call_without_dynamo(function: Any, *args: Any, **kwargs: Any) -> Any:
