@@ -94,9 +94,7 @@ def replay(r: Region, run: Any = None) -> None:
         InputChanged: an owned input was changed in place since.
     """
     frame = here.frame
-    here.frame = Frame(
-        r, frame
-    )  # from here on: a user's unpack hook is not part of what runs around the replay
+    here.frame = Frame(r, frame)  # already now: a user's unpack hook is no part of what runs around
     try:
         _replay(r, run or _run)
     finally:
@@ -166,9 +164,8 @@ def _run(
     refs, closed = r.refs, r.closed
     # An unfinished record (a gradient is taken inside it) is never replayed past where it stands: what comes next would
     # happen twice. A value check wants every operator finished.
-    settling = (
-        here.settling is r and not closed
-    )  # its last operator must finish, and nothing after it may run
+    # Then its last operator must finish, and nothing after it may run.
+    settling = here.settling is r and not closed
     early = not settling and (not closed or (r.early_stop and r.verifier is None))
     wanted = _last_living(refs) if early and r.options.strict else len(refs)
     last = refs[-1] if early and refs else None
