@@ -164,7 +164,7 @@ def _run(
     refs, closed = r.refs, r.closed
     # An unfinished record (a gradient is taken inside it) is never replayed past where it stands: what comes next would
     # happen twice. A value check wants every operator finished.
-    # Then its last operator must finish, and nothing after it may run.
+    # While it is settled its last operator must finish, and nothing after it may run.
     settling = here.settling is r and not closed
     early = not settling and (not closed or (r.early_stop and r.verifier is None))
     wanted = _last_living(refs) if early and r.options.strict else len(refs)
