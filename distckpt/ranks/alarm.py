@@ -12,8 +12,9 @@ Note [Alarm]
     3. A thread blocked in a collective runs no bytecode. NCCL communicators are aborted, which ends the collective.
        Gloo's cannot be (measured on torch 2.9 and 2.13: ``abort`` returns and the wait goes on), but they fail as soon
        as the failed rank's process is gone, which is what its error normally leads to; then the exception lands.
-    4. When it has not landed after ``grace`` seconds, the error is printed and the process ends with ``EXIT_CODE``:
-       the launcher stops the job, and nobody waits for the collective's own timeout (30 minutes for gloo).
+    4. When it has not landed after ``grace`` seconds (a collective still waits, or another call runs that long), the
+       error is printed and the process ends with ``EXIT_CODE``: the launcher stops the job, and nobody waits for the
+       collective's own timeout (30 minutes for gloo).
 """
 
 from __future__ import annotations

@@ -64,6 +64,8 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if any(kind.__module__.startswith("torch.distributed.") for kind in types):
+            return NotImplemented  # first a DTensor turns into local tensors and collectives, which come here again
         if func.namespace in _NAMESPACES:
             name = func._schema.name.split("::")[1]
             if name not in _NOT_COLLECTIVE and region_here() is not None:

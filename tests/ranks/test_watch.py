@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
 from distckpt.ranks.watch import _first_difference, _judge_end
 from tests.ranks.spawn import run_ranks
@@ -81,6 +82,24 @@ def test_with_a_longer_interval_the_difference_shows_at_the_end_and_the_data_is_
         assert said["grad"] is not None
 
 
+def test_sharded_units_inside_regions_run_undisturbed_and_their_replays_gather_nothing(ranks: Any) -> None:
+    for rank in ranks:
+        assert rank["sharded units inside regions"]["result"] is None
+        assert rank["sharded units inside regions"]["grad"] is not None
+        assert rank["sharded units inside regions"]["compared"] == 0
+
+
+def test_collectives_that_tensor_parallel_layers_issue_below_dtensor_are_compared(ranks: Any) -> None:
+    for rank in ranks:
+        assert rank["tensor parallel"]["result"] is None
+        assert rank["tensor parallel"]["compared"] == 2
+        text = rank["tensor parallel, swapped"]["result"]["text"]
+        assert "[DC412]" in text
+        assert "rank 0: all_reduce(float32[4]) on group" in text
+        assert "in region Sequential #0" in text
+        assert "in region Sequential #1" in text
+
+
 def test_a_group_of_one_rank_has_nothing_to_compare(ranks: Any) -> None:
     for rank in ranks:
         assert rank["a group of one rank"]["result"] is None
@@ -92,6 +111,15 @@ def test_a_rank_that_does_not_replay_is_named_after_the_timeout(ranks: Any) -> N
     assert here["class"] == there["class"] == "RanksMissing"
     assert "rank 1 did not come to collective 1 inside replays of ranks 0-1, allreduce_" in here["text"]
     assert "rank 0 did not come to the end of a watch" in there["text"]
+
+
+def test_a_mode_entered_around_the_backward_sees_replays_on_autograds_device_threads_too() -> None:
+    (said,) = run_ranks("tests.ranks.jobs.device_thread", 1)
+    if said is None:
+        pytest.skip(
+            f"torch {torch.__version__} has no device type in pure Python that has a thread of its own"
+        )
+    assert said == {"threads": ["autograd's"], "ops": ["detach", "sin", "exp"]}
 
 
 A, B = ["all_reduce", "group 0", "region a #0"], ["all_reduce", "group 0", "region b #1"]

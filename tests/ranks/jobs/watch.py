@@ -9,6 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from distckpt_backends.errors import DistckptError
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import distckpt as dc
 from tests.ranks.spawn import leave, report
@@ -96,6 +100,40 @@ def only_on_one(x: torch.Tensor) -> None:
 
 
 attempt("one rank does not replay", only_on_one, timeout=2)
+
+
+def sharded(x: torch.Tensor) -> None:
+    """FSDP2 units inside regions: each replay gathers the unit's parameters again."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)) for _ in range(3)])
+    for unit in model:
+        fully_shard(unit)
+    h = x
+    for unit in model:
+        h = dc.checkpoint(unit, h)
+    h.sum().backward()
+
+
+def tensor_parallel(swap: bool) -> Any:
+    """Two tensor parallel MLPs as regions: each replay has the all-reduce of its row-wise layer."""
+
+    def run(x: torch.Tensor) -> None:
+        torch.manual_seed(0)
+        losses = []
+        for _ in range(2):
+            mlp = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Sigmoid())
+            parallelize_module(mlp, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+            losses.append(dc.checkpoint(mlp, x).sum())
+        for loss in reversed(losses) if swap else losses:
+            loss.backward()
+
+    return run
+
+
+mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+attempt("sharded units inside regions", sharded)
+attempt("tensor parallel", tensor_parallel(False))
+attempt("tensor parallel, swapped", tensor_parallel(RANK == 1))
 attempt("after all errors", twice(block, other, swap=False))
 report(found)
 leave()
