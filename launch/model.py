@@ -47,11 +47,12 @@ class Block(nn.Module):
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
 
     def _attention(self, x: torch.Tensor) -> torch.Tensor:
-        batch, context, width = x.shape
-        q, k, v = self.qkv(x).view(batch, context, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        batch, context, _ = x.shape
+        # -1: with tensor parallelism a rank has some of the heads, each as wide as ever
+        q, k, v = self.qkv(x).view(batch, context, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        return self.proj(y.transpose(1, 2).reshape(batch, context, width))
+        return self.proj(y.transpose(1, 2).reshape(batch, context, -1))
 
 
 class GPT(nn.Module):

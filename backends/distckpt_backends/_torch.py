@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
@@ -124,3 +125,10 @@ def xla_sync(device: str) -> None:
         torch_xla.sync(wait=True)
     else:
         torch_xla._XLAC._xla_step_marker(device, [], wait=True)
+
+
+def xla_eager() -> AbstractContextManager[Any]:
+    """Inside, torch_xla runs each operation as a program of its own instead of tracing it."""
+    from torch_xla.experimental.eager import eager_mode_context
+
+    return eager_mode_context(True)
