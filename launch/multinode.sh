@@ -43,6 +43,9 @@ done
 [[ $NNODES =~ ^[1-9][0-9]*$ ]] || refuse "NNODES is '$NNODES': give the number of machines, 1 or more"
 
 export RUN SAVE_EVERY PYTHON SCRIPT
+# By default torchrun's agents share one store, and remember from the first round where it is; a machine that joins later
+# waits for it in vain (seen in torch 2.13: it times out after a minute). With this each round has a store of its own.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 command=("$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NPROC"
   --max-restarts "$RESTARTS" --rdzv-backend c10d --rdzv-endpoint "$HEAD:$PORT" --rdzv-id "$JOB"
   --rdzv-conf "$RDZV_CONF" --no-python launch/multinode.sh --rank)

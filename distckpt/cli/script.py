@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib.machinery
 import importlib.util
 import os
@@ -86,30 +87,38 @@ def _set_path(first: str) -> None:
 
 def _run_container(path: str, arguments: Sequence[str]) -> None:
     sys.argv = [path, *arguments]
-    if not getattr(sys.flags, "safe_path", False) and not sys.flags.isolated:
-        del sys.path[0]  # run_path puts the container there
-    runpy.run_path(path, run_name="__main__")
+    full = os.path.abspath(path)
+    _set_path(full)
+    file = os.path.join(full, "__main__.py")
+    folder = os.path.isdir(path)
+    loader: Any = importlib.machinery.SourceFileLoader("__main__", file) if folder else zipimport.zipimporter(full)
+    spec = importlib.util.spec_from_file_location("__main__", file, loader=loader)
+    _run_code(loader.get_code("__main__"), file, loader, spec, "")
 
 
 def _run_compiled(path: str, arguments: Sequence[str]) -> None:
     sys.argv = [path, *arguments]
     _set_path(os.path.dirname(os.path.realpath(path)))
-    runpy.run_path(path, run_name="__main__")
+    full = os.path.abspath(path)
+    loader = importlib.machinery.SourcelessFileLoader("__main__", full)
+    _run_code(loader.get_code("__main__"), full, loader, None, None)
 
 
 def _run_file(path: str, source: bytes, arguments: Sequence[str]) -> None:
-    full = os.path.abspath(path)
     sys.argv = [path, *arguments]
     _set_path(os.path.dirname(os.path.realpath(path)))
+    full = os.path.abspath(path)
+    loader = importlib.machinery.SourceFileLoader("__main__", full)
+    _run_code(compile(source, full, "exec", dont_inherit=True), full, loader, None, None)
+
+
+def _run_code(code: Any, file: str, loader: Any, spec: Any, package: str | None) -> None:
     main = types.ModuleType("__main__")
     main.__dict__.update(
-        __file__=full,
-        __builtins__=__builtins__,
-        __loader__=importlib.machinery.SourceFileLoader("__main__", full),
-        __spec__=None,
+        __file__=file, __builtins__=builtins, __loader__=loader, __spec__=spec, __package__=package
     )
     sys.modules["__main__"] = main  # for good: threads, pickles and exit handlers of the script look there
-    exec(compile(source, full, "exec", dont_inherit=True), main.__dict__)
+    exec(code, main.__dict__)
 
 
 def hide_our_frames(hook: Callable[..., Any]) -> Callable[..., None]:
