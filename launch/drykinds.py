@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: F401  registers the "fake" backend
+from torch.testing._internal.distributed.fake_pg import FakeStore  # and with it the "fake" backend
 
 import distckpt as dc
 from launch.errors import BadOption
@@ -63,9 +63,13 @@ class Layout:
             if getattr(self, name) < 1:
                 raise BadOption(f"--{name.replace('_', '-')} is {getattr(self, name)}", fix="give 1 or more")
         if self.width % self.heads:
-            raise BadOption(f"--width {self.width} is no multiple of --heads {self.heads}", fix="give one that is")
+            raise BadOption(
+                f"--width {self.width} is no multiple of --heads {self.heads}", fix="give one that is"
+            )
         if self.ranks % self.stages:
-            raise BadOption(f"--ranks {self.ranks} is no multiple of --stages {self.stages}", fix="give one that is")
+            raise BadOption(
+                f"--ranks {self.ranks} is no multiple of --stages {self.stages}", fix="give one that is"
+            )
         if self.layers < self.stages:
             raise BadOption(
                 f"--layers {self.layers} cannot make {self.stages} stages",
@@ -73,7 +77,8 @@ class Layout:
             )
         if self.parallel == "tp" and self.heads % self.ranks:
             raise BadOption(
-                f"--heads {self.heads} cannot be shared by {self.ranks} ranks", fix=f"give a multiple of {self.ranks}"
+                f"--heads {self.heads} cannot be shared by {self.ranks} ranks",
+                fix=f"give a multiple of {self.ranks}",
             )
 
 
@@ -239,7 +244,11 @@ def _local(parameter: torch.Tensor) -> int:
 def _batch(layout: Layout, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
     shape = layout.batch, layout.context
     targets = torch.zeros(shape, dtype=torch.long)
-    x = torch.zeros(shape, dtype=torch.long) if stage == 0 else torch.zeros(*shape, layout.width, requires_grad=True)
+    x = (
+        torch.zeros(shape, dtype=torch.long)
+        if stage == 0
+        else torch.zeros(*shape, layout.width, requires_grad=True)
+    )
     return x, targets
 
 

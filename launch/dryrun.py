@@ -77,7 +77,9 @@ def _layout(options: DryRun) -> Layout:
     given = dict(vars(options))
     piped = "pp" in options.parallel
     if options.stages and not piped:
-        raise BadOption(f"--stages means nothing to --parallel {options.parallel}", fix="leave it out, or use pp+fsdp")
+        raise BadOption(
+            f"--stages means nothing to --parallel {options.parallel}", fix="leave it out, or use pp+fsdp"
+        )
     if options.stages < 0:
         raise BadOption(f"--stages is {options.stages}", fix="give 1 or more, or 0 to have them chosen")
     if options.parallel == "pp" and options.stages not in (0, options.ranks):

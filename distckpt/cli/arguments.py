@@ -6,7 +6,7 @@ import argparse
 import functools
 import shutil
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from distckpt import __version__
 
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     columns = min(WIDTH, shutil.get_terminal_size().columns)
     style = functools.partial(argparse.RawDescriptionHelpFormatter, width=columns)
-    make = functools.partial(_Parser, formatter_class=style, allow_abbrev=False)
+    make: Any = functools.partial(_Parser, formatter_class=style, allow_abbrev=False)
     top = make(
         prog="distckpt",
         description="Activation checkpointing with the same gradients to the bit.",

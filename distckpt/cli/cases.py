@@ -54,7 +54,8 @@ def _batch_norm(device: torch.device, region: Region) -> Any:
     norm = nn.BatchNorm1d(N).to(device)
     x = _leaf(device, 4, N)
     loss = region(lambda a: torch.tanh(norm(a)), x).square().sum()
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     return loss, [x, *norm.parameters(), norm.running_mean, norm.running_var]
 
 

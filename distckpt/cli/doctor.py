@@ -149,7 +149,11 @@ def _equal(everyone: list[Any]) -> Finding:
     devices = ", ".join(dict.fromkeys(result["device"] for result in sure))
     ranks = f", {len(everyone)} ranks" if len(everyone) > 1 else ""
     good = equal == len(sure) > 0 and None not in everyone
-    return Finding("ok" if good else "off", "bitwise", f"{equal} of {len(sure)} replays equal on {devices or 'nothing'}{ranks}")
+    return Finding(
+        "ok" if good else "off",
+        "bitwise",
+        f"{equal} of {len(sure)} replays equal on {devices or 'nothing'}{ranks}",
+    )
 
 
 def _unknown(options: Options) -> Finding:
@@ -167,7 +171,9 @@ def _print(sections: dict[str, Section], failures: int, warnings: int) -> None:
     rows: list[tuple[str, str]] = [("", line) for line in wrap(head, "", "")]
     for section in sections.values():
         rows += [("", ""), *lines(section)]
-    plural = [f"{n} {what}{'' if n == 1 else 's'}" for n, what in ((failures, "failure"), (warnings, "warning"))]
+    plural = [
+        f"{n} {what}{'' if n == 1 else 's'}" for n, what in ((failures, "failure"), (warnings, "warning"))
+    ]
     rows += [("", ""), ("", ", ".join(plural))]
     after = "distckpt doctor --json    (each code has a section in docs/errors.md)"
     rows.append(("", f"Next: {after if failures else 'distckpt run train.py'}"))
@@ -175,7 +181,11 @@ def _print(sections: dict[str, Section], failures: int, warnings: int) -> None:
 
 
 def _as_json(
-    entries: list[dict[str, Any]], sections: dict[str, Section], everyone: list[Any], failures: int, warnings: int
+    entries: list[dict[str, Any]],
+    sections: dict[str, Section],
+    everyone: list[Any],
+    failures: int,
+    warnings: int,
 ) -> dict[str, Any]:
     return {
         "schema": SCHEMA,

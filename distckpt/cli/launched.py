@@ -30,7 +30,7 @@ def place(environment: Mapping[str, str]) -> Place:
     Raises:
         BadEnvironment: some are missing, no numbers, or contradict each other.
     """
-    if not any(name in environment for name in ("RANK", "LOCAL_RANK")):
+    if not any(environment.get(name) for name in ("RANK", "LOCAL_RANK")):
         return Place()
     missing = [name for name in _NEEDED if not environment.get(name)]
     if missing:
@@ -61,7 +61,9 @@ def _number(name: str, text: str) -> int:
         ) from None
 
 
-def findings(environment: Mapping[str, str], devices: Mapping[str, int | None], xla: str | None) -> list[Finding]:
+def findings(
+    environment: Mapping[str, str], devices: Mapping[str, int | None], xla: str | None
+) -> list[Finding]:
     """What the environment says; ``devices`` counts the device types that are on, ``xla`` is torch_xla's version."""
     return [
         *_torchrun(environment, devices),
@@ -93,7 +95,7 @@ def _torchrun(environment: Mapping[str, str], devices: Mapping[str, int | None])
 
 def _slurm(environment: Mapping[str, str]) -> list[Finding]:
     tasks = environment.get("SLURM_NTASKS", "1")
-    if tasks in ("", "1") or "RANK" in environment:
+    if tasks in ("", "1") or environment.get("RANK"):
         return []
     text = f"{tasks} tasks and no torchrun environment: each would train alone"
     return [Finding("warn", "slurm", text, "sbatch launch/slurm.sbatch runs torchrun once per node")]

@@ -53,7 +53,7 @@ def _accelerate(environment: Mapping[str, str]) -> list[Finding]:
         )
         return [Finding.failed(subject, error)]
     if place:
-        text = f"its own FSDP2 activation checkpointing is off, and should stay off: it drops the random state ({place})"
+        text = f"its own FSDP2 checkpointing is off, and should stay off: it drops the random state ({place})"
         return [Finding("ok", subject, text)]
     return [Finding("ok", subject, "call dc.apply(model, ...) before Accelerator.prepare")]
 
@@ -158,5 +158,3 @@ def _patched() -> list[Finding]:
         )
         for module, names in by_module.items()
     ]
-
-

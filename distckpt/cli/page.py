@@ -61,22 +61,27 @@ def lines(section: Section) -> list[tuple[str, str]]:
 def wrap(text: str, first: str, rest: str) -> list[str]:
     """``text`` broken at spaces only."""
     return textwrap.wrap(
-        text, WIDTH, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+        text,
+        WIDTH,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 
 def show(rows: Iterable[tuple[str, str]], stream: TextIO | None = None) -> None:
     """Print lines; a line's status word in colour where ``stream`` (None: standard output) is a terminal."""
-    stream = sys.stdout if stream is None else stream
-    console = _console(stream)
+    into: TextIO = sys.stdout if stream is None else stream
+    console = _console(into)
     for status, text in rows:
         word = _WORDS.get(status, "")
         if console is None or not word:
-            print(text, file=stream)
+            print(text, file=into)
         else:
             before, _, after = text.partition(word)
             console.print(before, (word, _COLOURS[status]), after)
-    stream.flush()
+    into.flush()
 
 
 class _Console:

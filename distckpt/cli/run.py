@@ -33,7 +33,9 @@ class Prepared:
 
         rank = int(os.environ.get("RANK", "0") or 0)
         size = int(os.environ.get("WORLD_SIZE", "1") or 1)
-        installed = compat.install()  # for good: threads and exit handlers of the script outlive its last line
+        installed = (
+            compat.install()
+        )  # for good: threads and exit handlers of the script outlive its last line
         replaced = installed.replaced()
         self._say(rank, _replaced_text(replaced))
         tally = Tally()
@@ -68,7 +70,9 @@ def prepare(options: Options) -> Prepared:
     start = (module if options.module else script)(name, options.rest)
     report = None if options.json is None else Path(options.json)
     if report is not None and not report.parent.is_dir():
-        raise BadUsage(f"--json {report}: there is no folder {report.parent}", fix="make it, or give another path")
+        raise BadUsage(
+            f"--json {report}: there is no folder {report.parent}", fix="make it, or give another path"
+        )
     return Prepared(start, name, options.quiet, report)
 
 
@@ -88,7 +92,9 @@ def _summary(counts: dict[str, Any], taken: tuple[str, ...], rank: int, size: in
         f"{bytes_text(counts['kept'])} of region inputs kept at once"
     ]
     if taken:
-        found.append(f"replaced by somebody else meanwhile: {', '.join(taken)}; see distckpt doctor --import MODULE")
+        found.append(
+            f"replaced by somebody else meanwhile: {', '.join(taken)}; see distckpt doctor --import MODULE"
+        )
     if not counts["regions"]:
         found.append("no region ran in this process: does the script turn activation checkpointing on?")
         found.append("Next: distckpt doctor")

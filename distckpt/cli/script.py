@@ -48,7 +48,9 @@ def module(name: str, arguments: Sequence[str]) -> Callable[[], None]:
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError, AttributeError) as error:
-        raise NoScript(f"there is no module {name} ({error})", fix="check the name, and the folder you are in") from error
+        raise NoScript(
+            f"there is no module {name} ({error})", fix="check the name, and the folder you are in"
+        ) from error
     if spec is None:
         raise NoScript(f"there is no module {name}", fix="check the name, and the folder you are in")
     if spec.submodule_search_locations is not None and importlib.util.find_spec(f"{name}.__main__") is None:
@@ -91,7 +93,9 @@ def _run_container(path: str, arguments: Sequence[str]) -> None:
     _set_path(full)
     file = os.path.join(full, "__main__.py")
     folder = os.path.isdir(path)
-    loader: Any = importlib.machinery.SourceFileLoader("__main__", file) if folder else zipimport.zipimporter(full)
+    loader: Any = (
+        importlib.machinery.SourceFileLoader("__main__", file) if folder else zipimport.zipimporter(full)
+    )
     spec = importlib.util.spec_from_file_location("__main__", file, loader=loader)
     _run_code(loader.get_code("__main__"), file, loader, spec, "")
 

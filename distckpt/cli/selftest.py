@@ -60,7 +60,9 @@ def run(devices: Sequence[torch.device]) -> list[Result]:
 def _start(device: torch.device) -> str | None:
     try:
         if device.type != "cpu":
-            distckpt_backends.get(device.type).current_device()  # torch does not know a type whose package is not imported
+            distckpt_backends.get(
+                device.type
+            ).current_device()  # torch does not know a type whose package is not imported
         torch.zeros(1, device=device)
     except Exception as error:
         return _short(error)

@@ -29,7 +29,9 @@ class Tally:
 
     def __init__(self) -> None:
         self._start = counters.regions, counters.replays
-        self._lock = threading.RLock()  # a region may die, and call back, in the middle of our own bookkeeping
+        self._lock = (
+            threading.RLock()
+        )  # a region may die, and call back, in the middle of our own bookkeeping
         self._holders: dict[int, int] = {}  # regions that hold a storage, by its address object
         self._kept = 0
         self._peak = 0

@@ -13,7 +13,15 @@ PATHS = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
 
 def environment(**changes: str) -> dict[str, str]:
     """This process's, without what a launcher or a user may have set, and with our packages on the path."""
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NO_COLOR", "FSDP_ACTIVATION_CHECKPOINTING")
+    launcher = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "NO_COLOR",
+        "FSDP_ACTIVATION_CHECKPOINTING",
+    )
     kept = {k: v for k, v in os.environ.items() if k not in launcher}
     return {**kept, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", **changes}
 

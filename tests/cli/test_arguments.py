@@ -103,7 +103,8 @@ def test_wrong_arguments_are_one_line_with_the_fix_and_exit_code_2(
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("distckpt: [DC701] ") and err.count("\n") == 1
+    assert err.startswith("distckpt: [DC701] ")
+    assert err.count("\n") == 1
     assert words in err
 
 

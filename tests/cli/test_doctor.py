@@ -18,7 +18,14 @@ from .process import ROOT, distckpt
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PJRT_DEVICE", "SLURM_NTASKS", "FSDP_ACTIVATION_CHECKPOINTING"):
+    for name in (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "PJRT_DEVICE",
+        "SLURM_NTASKS",
+        "FSDP_ACTIVATION_CHECKPOINTING",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
 
@@ -33,7 +40,9 @@ def test_the_report_says_what_is_here_and_ends_with_the_next_command(
 ) -> None:
     assert whole.returncode == 0, whole.stdout + whole.stderr
     first, *_, last = whole.stdout.splitlines()
-    assert first.startswith(f"distckpt 0.1.0   python {machine.versions()['python']}   torch {torch.__version__}")
+    assert first.startswith(
+        f"distckpt 0.1.0   python {machine.versions()['python']}   torch {torch.__version__}"
+    )
     assert [line for line in whole.stdout.splitlines() if line[:1].isupper()][:4] == [
         "Devices",
         "Launch",
@@ -126,7 +135,12 @@ def test_a_broken_launch_environment_is_a_failure_and_the_rest_is_still_looked_a
 def test_a_store_that_is_not_there_is_a_failure_within_the_timeout(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     assert main(["doctor", "--device", "cpu", "--timeout", "1"]) == 1
     out = " ".join(capsys.readouterr().out.split())

@@ -35,7 +35,8 @@ def test_under_torchrun_every_rank_is_tested(under_torchrun: subprocess.Complete
     found = json.loads(under_torchrun.stdout)
     assert [rank["rank"] for rank in found["ranks"]] == [0, 1]
     first, second = (rank["results"] for rank in found["ranks"])
-    assert first == second and {result["status"] for result in second} == {"equal"}
+    assert first == second
+    assert {result["status"] for result in second} == {"equal"}
     assert found["findings"]["launch"][0]["text"].startswith("rank 0 of 2, meeting at ")
 
 

@@ -51,7 +51,8 @@ def test_a_broken_environment_is_a_failure_with_its_fix(environment: dict[str, s
     assert words in str(error.value)
     (found,) = findings(environment, {}, None)
     assert (found.status, found.code) == ("fail", "DC703")
-    assert found.fix is not None and "torchrun" in found.fix
+    assert found.fix is not None
+    assert "torchrun" in found.fix
 
 
 def test_more_local_ranks_than_devices_is_a_failure() -> None:

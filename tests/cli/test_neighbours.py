@@ -46,9 +46,12 @@ def test_nothing_here_is_known_to_conflict(installed: dict[str, str]) -> None:
 
 def test_accelerates_own_checkpointing_is_a_failure_where_it_is_on(accelerate: Path, tmp_path: Path) -> None:
     ((status, text),) = read()
-    assert status == "ok" and "fsdp_utils.py:3" in text
+    assert status == "ok"
+    assert "fsdp_utils.py:3" in text
     ((status, text),) = read({"FSDP_ACTIVATION_CHECKPOINTING": "true"})
-    assert status == "fail" and "dropout gradients are wrong" in text and "fsdp_utils.py:3" in text
+    assert status == "fail"
+    assert "dropout gradients are wrong" in text
+    assert "fsdp_utils.py:3" in text
     home = tmp_path / "home"
     (home / "accelerate").mkdir(parents=True)
     config = home / "accelerate" / "default_config.yaml"
@@ -56,7 +59,8 @@ def test_accelerates_own_checkpointing_is_a_failure_where_it_is_on(accelerate: P
     assert [status for status, _ in read(home=home)] == ["ok"]
     config.write_text("fsdp_config:\n  fsdp_activation_checkpointing: true  # faster\n")
     ((status, text),) = read(home=home)
-    assert status == "fail" and str(config) in text
+    assert status == "fail"
+    assert str(config) in text
 
 
 def test_an_accelerate_that_keeps_the_random_state_is_no_conflict(accelerate: Path) -> None:
@@ -82,7 +86,8 @@ def test_a_library_known_to_patch_torch_is_named_before_it_does(installed: dict[
     installed["unsloth"] = "2026.1"
     (found,) = neighbours.findings({"HF_HOME": "/nowhere"})
     assert (found.status, found.subject) == ("warn", "unsloth 2026.1")
-    assert found.fix is not None and found.fix.endswith("distckpt doctor --import unsloth")
+    assert found.fix is not None
+    assert found.fix.endswith("distckpt doctor --import unsloth")
 
 
 PATCHER = """
@@ -110,7 +115,8 @@ def test_what_an_imported_library_patches_is_a_failure(
 
 def test_a_module_that_cannot_be_imported_is_a_failure(installed: dict[str, str]) -> None:
     found = neighbours.findings({"HF_HOME": "/nowhere"}, ["no_such_module"])
-    assert found[0].status == "fail" and "No module named 'no_such_module'" in found[0].text
+    assert found[0].status == "fail"
+    assert "No module named 'no_such_module'" in found[0].text
 
 
 def test_our_own_installation_is_no_conflict(installed: dict[str, str]) -> None:

@@ -40,7 +40,8 @@ def test_a_number_that_is_wider_than_the_page_is_not_cut_either() -> None:
 
 def test_a_failure_says_what_why_fix_and_its_code() -> None:
     text = [line for _, line in lines(SECTION)][-2:]
-    assert text[0].startswith("  FAIL  fourth") and text[0].endswith("what (why)  [DC703]")
+    assert text[0].startswith("  FAIL  fourth")
+    assert text[0].endswith("what (why)  [DC703]")
     assert text[1] == "        -> fix"
 
 
@@ -59,7 +60,8 @@ def test_a_terminal_gets_colour_unless_no_color_is_set(monkeypatch: pytest.Monke
     show(lines(SECTION), coloured)
     monkeypatch.setenv("NO_COLOR", "1")
     show(lines(SECTION), plain)
-    assert "\x1b[" in coloured.getvalue() and "\x1b" not in plain.getvalue()
+    assert "\x1b[" in coloured.getvalue()
+    assert "\x1b" not in plain.getvalue()
     assert len(coloured.getvalue().splitlines()) == len(plain.getvalue().splitlines())
 
 
@@ -68,4 +70,5 @@ def test_without_rich_a_terminal_gets_the_same_text_plain(monkeypatch: pytest.Mo
     monkeypatch.delenv("NO_COLOR", raising=False)
     stream = Terminal()
     show(lines(SECTION), stream)
-    assert "\x1b" not in stream.getvalue() and "FAIL" in stream.getvalue()
+    assert "\x1b" not in stream.getvalue()
+    assert "FAIL" in stream.getvalue()

@@ -62,7 +62,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "script", [["pkg/look.py"], ["pkg"], ["look.zip"], ["look.pyc"], ["-m", "pkg"], ["-m", "pkg.look"]], ids=" ".join
+    "script",
+    [["pkg/look.py"], ["pkg"], ["look.zip"], ["look.pyc"], ["-m", "pkg"], ["-m", "pkg.look"]],
+    ids=" ".join,
 )
 def test_argv_main_and_path_are_as_python_makes_them(folder: Path, script: list[str]) -> None:
     with zipfile.ZipFile(folder / "look.zip", "w") as archive:
@@ -113,7 +115,8 @@ def test_under_torchrun_every_rank_runs_it_and_rank_0_speaks(folder: Path) -> No
     done = torchrun("-m", "distckpt", "run", "--json", "r.json", "train.py", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("distckpt.compat.checkpoint") == 2
-    assert done.stderr.count("regions ran") == 1 and "rank 0 of 2: 3 regions ran" in done.stderr
+    assert done.stderr.count("regions ran") == 1
+    assert "rank 0 of 2: 3 regions ran" in done.stderr
     for rank in range(2):
         found = json.loads((folder / f"r.rank{rank}.json").read_text())
         validate(found, "run")
@@ -127,7 +130,9 @@ def test_a_script_without_regions_is_told_so(folder: Path) -> None:
 
 
 def test_a_name_that_the_script_rebinds_is_said(folder: Path) -> None:
-    (folder / "look.py").write_text("import torch.utils.checkpoint as c\nc.checkpoint = lambda *a, **k: None\n")
+    (folder / "look.py").write_text(
+        "import torch.utils.checkpoint as c\nc.checkpoint = lambda *a, **k: None\n"
+    )
     done = distckpt("run", "look.py", cwd=folder)
     assert "replaced by somebody else meanwhile: torch.utils.checkpoint.checkpoint" in done.stderr
 
@@ -144,7 +149,11 @@ def test_a_name_that_the_script_rebinds_is_said(folder: Path) -> None:
     ],
 )
 def test_a_script_that_does_not_exist_is_one_line_and_exit_code_2(
-    folder: Path, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    arguments: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (folder / "empty").mkdir()
     (folder / "emptypkg").mkdir()
@@ -153,5 +162,7 @@ def test_a_script_that_does_not_exist_is_one_line_and_exit_code_2(
     monkeypatch.setattr("sys.path", [os.fspath(folder), *__import__("sys").path])
     assert main(["run", *arguments]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1
-    assert err.startswith("distckpt: [DC702] ") and words in err
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("distckpt: [DC702] ")
+    assert words in err

@@ -38,7 +38,10 @@ def test_every_device_of_a_type_is_tested(lazy: FakeModule) -> None:  # noqa: F8
     torch.randn(1, device="lazy:1")
     before = lazy.default_generators[1].get_state()
     results = selftest.run([torch.device("lazy", 0), torch.device("lazy", 1)])
-    assert {(r.device, r.status) for r in results if r.case != AUTOCAST} == {("lazy:0", "equal"), ("lazy:1", "equal")}
+    assert {(r.device, r.status) for r in results if r.case != AUTOCAST} == {
+        ("lazy:0", "equal"),
+        ("lazy:1", "equal"),
+    }
     assert [r.status for r in results if r.case == AUTOCAST] == ["unsure", "unsure"]
     assert torch.equal(before, lazy.default_generators[1].get_state())
 
@@ -62,7 +65,8 @@ def test_a_replay_that_draws_other_numbers_is_found(monkeypatch: pytest.MonkeyPa
     ours, torchs = _only(monkeypatch, case)
     assert (ours.status, torchs.status) == ("differs", "differs")
     assert "[DC104]" in ours.detail
-    assert "gradient 0" in torchs.detail and "off by up to" in torchs.detail
+    assert "gradient 0" in torchs.detail
+    assert "off by up to" in torchs.detail
 
 
 def test_state_that_changes_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,8 @@ def test_after_stop_nothing_is_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 * 2**30, "3.0 GiB"), (2**53, "8192.0 TiB")]
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 * 2**30, "3.0 GiB"), (2**53, "8192.0 TiB")],
 )
 def test_bytes_are_said_in_units_of_1024(count: int, text: str) -> None:
     assert bytes_text(count) == text

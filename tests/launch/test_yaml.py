@@ -46,7 +46,8 @@ def test_the_job_starts_as_many_agents_as_wait_for_each_other(manifests: dict[st
     assert job["completionMode"] == "Indexed"
     assert job["completions"] == job["parallelism"] == int(environment["NNODES"])
     assert environment["HEAD"] == f"{manifests['Job']['metadata']['name']}-0.{pod['subdomain']}"
-    assert service["metadata"]["name"] == pod["subdomain"] and service["spec"]["clusterIP"] == "None"
+    assert service["metadata"]["name"] == pod["subdomain"]
+    assert service["spec"]["clusterIP"] == "None"
     assert service["spec"]["selector"] == job["template"]["metadata"]["labels"]
     (mounted,) = [m["mountPath"] for m in container["volumeMounts"] if m["name"] == "runs"]
     assert environment["RUN"].startswith(mounted + "/")
@@ -62,7 +63,9 @@ def launch_line() -> list[str]:
 
 
 def test_accelerate_knows_every_key_of_its_file() -> None:
-    args = pytest.importorskip("accelerate.commands.config.config_args", reason="needs the hf extra: accelerate")
+    args = pytest.importorskip(
+        "accelerate.commands.config.config_args", reason="needs the hf extra: accelerate"
+    )
     config = args.load_config_from_file(str(LAUNCH / "accelerate.yaml"))
     assert config.fsdp_config["fsdp_activation_checkpointing"] is False
     launch = pytest.importorskip("accelerate.commands.launch")
