@@ -24,6 +24,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 refuse() { echo "launch/multinode.sh: $1" >&2; exit 2; }
 show() { printf '%q ' "$@"; echo; }
+has_torch() { "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'; }
 
 cd "$(dirname "$0")/.."
 if [[ ${1:-} == --rank ]]; then # started by torchrun, once per rank and again after every restart
@@ -50,4 +51,6 @@ command=("$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node 
   --max-restarts "$RESTARTS" --rdzv-backend c10d --rdzv-endpoint "$HEAD:$PORT" --rdzv-id "$JOB"
   --rdzv-conf "$RDZV_CONF" --no-python launch/multinode.sh --rank)
 command+=(${arguments[@]+"${arguments[@]}"})
-if $print; then show "${command[@]}"; else exec "${command[@]}"; fi
+if $print; then show "${command[@]}"; exit; fi
+has_torch || refuse "$PYTHON has no torch: activate the environment that has it, or PYTHON=.venv/bin/python launch/multinode.sh"
+exec "${command[@]}"

@@ -16,6 +16,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 refuse() { echo "launch/train.sh: $1" >&2; exit 2; }
 show() { printf '%q ' "$@"; echo; }
+has_torch() { "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'; }
 
 print=false dry=false arguments=()
 for argument in "$@"; do
@@ -48,4 +49,6 @@ else
     --role rank --tee 3 --local-ranks-filter "$LOG_RANK" ${LOG_DIR:+--log-dir "$LOG_DIR"} "$SCRIPT")
 fi
 command+=(${arguments[@]+"${arguments[@]}"})
-if $print; then show "${command[@]}"; else exec "${command[@]}"; fi
+if $print; then show "${command[@]}"; exit; fi
+has_torch || refuse "$PYTHON has no torch: activate the environment that has it, or PYTHON=.venv/bin/python launch/train.sh"
+exec "${command[@]}"

@@ -176,6 +176,8 @@ def test_a_tpu_pod_gets_the_command_on_every_worker_as_it_was_typed(tmp_path: Pa
         ("train.sh", ["--parallel=x", "--print"], {}, "--parallel 'x' is unknown"),
         ("train.sh", ["--dry-run", "--parallel"], {}, "--parallel '' is unknown"),
         ("train.sh", [], {"NPROC": "all"}, "NPROC is 'all': give the number of ranks"),
+        ("train.sh", [], {"PYTHON": "false"}, "false has no torch: activate the environment that has it"),
+        ("multinode.sh", [], {"HEAD": "h", "PYTHON": "false"}, "false has no torch"),
         ("multinode.sh", [], {}, "HEAD is not set, so the machines cannot meet: HEAD=host"),
         ("multinode.sh", [], {"HEAD": "h", "NNODES": "1:4"}, "NNODES is '1:4': give the number of machines"),
         ("multinode.sh", [], {"HEAD": "h", "NPROC": "0"}, "NPROC is '0'"),
