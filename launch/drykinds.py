@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+import torch.distributed._tools.fake_collectives  # torch 2.9 has shapes for collectives only with this
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -253,19 +254,13 @@ def _batch(layout: Layout, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _saved(layout: Layout, stage: int, model: nn.Module) -> int:
-    """Bytes that one micro-batch keeps for its backward: a forward with gradients less one without, and its input."""
+    """Bytes that one micro-batch keeps for its backward: what is freed with its graph, and the input it was sent."""
     x, targets = _batch(layout, stage)
-    received = x.numel() * x.element_size() if stage else 0
-    kept = []
-    for grad in (False, True):
-        with LiveBytes(list(model.parameters()), x, targets) as live, torch.set_grad_enabled(grad):
-            out = model(x, targets)
-            kept.append(live.now())
-            if grad:
-                out.backward(torch.ones_like(out))
+    with LiveBytes(list(model.parameters()), x, targets) as live:
+        out = model(x, targets)
+        kept = live.now() - out.untyped_storage().nbytes()
         del out
-        model.zero_grad()
-    return kept[1] - kept[0] + received
+        return kept - live.now() + (x.untyped_storage().nbytes() if stage else 0)
 
 
 def _step(layout: Layout, stage: int, model: nn.Module) -> int:
@@ -278,7 +273,8 @@ def _step(layout: Layout, stage: int, model: nn.Module) -> int:
                 continue
             if isinstance(model, FSDPModule):
                 last = i == layout.micro_batches - 1
-                model.set_is_last_backward(last)
+                model.set_is_last_backward(last)  # these three as torch's pipeline stage does
+                model.set_reshard_after_backward(last)
                 model.set_requires_gradient_sync(last)
             out = waiting.pop(i)
             out.backward(torch.ones_like(out))

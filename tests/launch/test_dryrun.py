@@ -80,9 +80,20 @@ def test_units_and_regions_are_built(found: dict[str, list[Kind]]) -> None:
 
 
 def test_a_region_saves_its_input_and_nothing_else(found: dict[str, list[Kind]]) -> None:
-    (middle,) = [kind for kind in found["pp"] if kind.stage == 1]
-    assert middle.saved == 2 * 16 * 32 * 4  # batch x context x width floats
-    assert middle.unsaved > 10 * middle.saved
+    one = 2 * 16 * 32 * 4  # batch x context x width floats
+    for name in ("pp", "pp+fsdp"):
+        for kind in found[name]:
+            if kind.stage < 2:  # the last stage saves its loss too
+                assert kind.saved == kind.regions * one
+                assert kind.unsaved > 10 * kind.saved
+
+
+def test_sharding_parameters_changes_nothing_of_what_is_saved(found: dict[str, list[Kind]]) -> None:
+    def saved(name: str) -> set[tuple[int, int, int]]:
+        return {(kind.stage, kind.saved, kind.unsaved) for kind in found[name]}
+
+    assert saved("fsdp") == saved("ddp")
+    assert saved("pp+fsdp") == saved("pp")
 
 
 def test_what_is_saved_equals_a_real_run_without_fakes(found: dict[str, list[Kind]]) -> None:
