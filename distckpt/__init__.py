@@ -1,36 +1,46 @@
 """distckpt: recompute activations instead of storing them, exactly, on one device or on every rank."""
 
+from __future__ import annotations
+
+import importlib
+import sys
 from typing import TYPE_CHECKING, Any
-
-from distckpt import compat as compat
-from distckpt import devices as devices
-from distckpt import rng as rng
-from distckpt.engine import CheckpointError as CheckpointError
-from distckpt.engine import checkpoint as checkpoint
-from distckpt.engine import checkpoint_sequential as checkpoint_sequential
-from distckpt.engine import is_recomputing as is_recomputing
-from distckpt.engine import pin as pin
-from distckpt.engine import session as session
-from distckpt.engine.devices import DefaultDeviceType as DefaultDeviceType
-from distckpt.engine.switches import set_checkpoint_debug_enabled as set_checkpoint_debug_enabled
-from distckpt.engine.switches import set_checkpoint_early_stop as set_checkpoint_early_stop
-from distckpt.modules import apply as apply
-from distckpt.policy import CheckpointPolicy as CheckpointPolicy
-from distckpt.policy import SelectiveCheckpointContext as SelectiveCheckpointContext
-from distckpt.policy import create_selective_checkpoint_contexts as create_selective_checkpoint_contexts
-
-if TYPE_CHECKING:
-    from distckpt.ranks import Coordinator as Coordinator
 
 __version__ = "0.1.0"
 
-if not TYPE_CHECKING:
+if TYPE_CHECKING:
+    from distckpt._public import *  # noqa: F403
+    from distckpt.ranks import Coordinator as Coordinator
 
-    def __getattr__(name: str) -> Any:
-        # What only jobs of several ranks use is imported when it is first named.
-        if name == "Coordinator":
-            from distckpt.ranks import Coordinator
+# Where torch is imported already, every name is here at once. Where it is not, `distckpt --help` would otherwise
+# wait seconds for it, so the names come with the first one that is asked for. What only jobs of several ranks use
+# comes when it is named.
+_RANKS = ("Coordinator",)
 
-            globals()[name] = Coordinator
-            return Coordinator
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def _load() -> list[str]:
+    names = vars(importlib.import_module("distckpt._public"))
+    found = {name: value for name, value in names.items() if not name.startswith("_")}
+    globals().update(found)
+    return sorted({*found, *_RANKS})
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return _load()
+    if name in _RANKS:
+        globals()[name] = getattr(importlib.import_module("distckpt.ranks"), name)
+        return globals()[name]
+    if not name.startswith("_"):
+        _load()
+        if name in globals():
+            return globals()[name]
+    raise AttributeError(f"module 'distckpt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_load()})
+
+
+if "torch" in sys.modules:
+    _load()

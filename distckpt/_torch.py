@@ -150,7 +150,9 @@ _disabled: list[Callable[..., Any]] = []
 
 def _disabled_call() -> Callable[..., Any]:
     if not _disabled:
-        from torch._dynamo import disable  # takes a second to import, so only when a compiled caller is running
+        from torch._dynamo import (
+            disable,
+        )  # takes a second to import, so only when a compiled caller is running
 
         _disabled.append(disable(_call))
     return _disabled[0]

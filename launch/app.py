@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
 import torch.distributed as dist
 
+from distckpt.cli.errors import CliError
+from distckpt.cli.launched import place
 from launch.errors import LaunchError
 from launch.parallel import World, agree, joined
 
@@ -15,6 +18,11 @@ OK, DIFFERS, BAD_INPUT = 0, 1, 2
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the job that the arguments (None: the process's own) ask for; returns the exit code."""
+    try:
+        place(os.environ)  # half of torchrun's variables would be a traceback, or a wait for nobody
+    except CliError as error:
+        print(f"launch/train.py: {error.line()}", file=sys.stderr, flush=True)
+        return BAD_INPUT
     with joined() as world:
         try:
             return _job(arguments, world)

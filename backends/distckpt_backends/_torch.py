@@ -7,6 +7,7 @@ import ctypes
 import os
 import struct
 import sys
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
@@ -155,3 +156,10 @@ def xla_sync(device: str) -> None:
         torch_xla.sync(wait=True)
     else:
         torch_xla._XLAC._xla_step_marker(device, [], wait=True)
+
+
+def xla_eager() -> AbstractContextManager[Any]:
+    """Inside, torch_xla runs each operation as a program of its own instead of tracing it."""
+    from torch_xla.experimental.eager import eager_mode_context
+
+    return eager_mode_context(True)

@@ -193,6 +193,11 @@ class Backend:
         """
         return list(tensors)
 
+    def one_by_one(self) -> AbstractContextManager[Any]:
+        """Inside, each operation is compiled and run alone, so that its rounding depends on nothing around it;
+        eager devices are like that anyway. For self-tests that compare bits of two different programs."""
+        return nullcontext()
+
     # For subclasses -----------------------------------------------------------------------------------
 
     def _bad_device(self, device: object) -> DeviceError:

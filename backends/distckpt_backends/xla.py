@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import Any
 
@@ -137,6 +138,10 @@ class XlaBackend(Backend):
         for group in by_device.values():
             _torch.xla_barrier(group)
         return out
+
+    def one_by_one(self) -> AbstractContextManager[Any]:
+        self._import()
+        return _torch.xla_eager()
 
     def _import(self) -> None:
         reason = self.why_unavailable()

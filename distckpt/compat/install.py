@@ -63,6 +63,23 @@ class Installed:
             if _depth == 0:
                 _put_back()
 
+    def replaced(self) -> tuple[str, ...]:
+        """Dotted names that were bound to torch's objects and are bound to ours, those of torch's own modules first."""
+        with _lock:
+            names = [f"{namespace.get('__name__')}.{name}" for namespace, name, *_ in _bindings]
+        return tuple(sorted(names, key=lambda name: (not name.startswith("torch."), name)))
+
+    def lost(self) -> tuple[str, ...]:
+        """Those of :meth:`replaced` that somebody has bound to something else since."""
+        with _lock:
+            return tuple(
+                sorted(
+                    f"{namespace.get('__name__')}.{name}"
+                    for namespace, name, _, mine in _bindings
+                    if namespace.get(name) is not mine
+                )
+            )
+
     def __enter__(self) -> Installed:
         return self
 

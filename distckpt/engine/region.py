@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from contextvars import Context, copy_context
 from functools import partial
 from typing import Any
@@ -43,6 +44,7 @@ from distckpt.engine.verify import Verifier
 
 _ref = weakref.ref
 _Tensor = torch.Tensor
+_observer: Callable[[Region, Any], None] | None = None
 _early_stop = switches.early_stop.get
 _debug = switches.debug.get
 
@@ -200,6 +202,8 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
         r.rng_before = rng.cpu_before()
     r.refs = []
     counters.regions += 1
+    if _observer is not None:
+        _observer(r, (fn, args, kwargs))
     r.outer = here.frame
     if options.context_fn is not None or options.debug or _debug() is not None:
         _enter_forward_context(r)
@@ -211,6 +215,12 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
         raise
     here.frame = r
     return r
+
+
+def observe(seen: Callable[[Region, Any], None] | None) -> None:
+    """Call ``seen(region, its call)`` whenever a region is opened, on the thread that opens it; None ends that."""
+    global _observer
+    _observer = seen
 
 
 def _packer(r: Region) -> Any:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
+needs_cli = pytest.mark.skipif(
+    importlib.util.find_spec("tyro") is None, reason="launch/ needs the cli extra: pip install -e '.[cli]'"
+)
 SMALL = ["--layers", "2", "--width", "32", "--context", "16", "--batch", "2"]
 
 

@@ -48,6 +48,18 @@ def test_bad_input_is_one_line_with_the_fix_and_exit_code_2(
     assert all(word in said[0] for word in words), said[0]
 
 
+def test_half_a_torchrun_environment_is_one_line_with_the_fix(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    assert run(SMALL) == BAD_INPUT
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(
+        "launch/train.py: [DC703] RANK set, WORLD_SIZE and MASTER_ADDR and MASTER_PORT not"
+    )
+    assert "start it with torchrun" in said
+
+
 def test_too_little_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "short.txt").write_text("twelve bytes")
     assert run([*SMALL, "--data", str(tmp_path)]) == BAD_INPUT

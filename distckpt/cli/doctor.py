@@ -1,0 +1,199 @@
+"""``distckpt doctor``: is this machine, or are these ranks, fit to train with exact gradients?"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from distckpt.cli import launched, machine, neighbours
+from distckpt.cli.arguments import Options
+from distckpt.cli.errors import BadEnvironment, RankMissing, ReplayDiffers
+from distckpt.cli.gather import Ranks
+from distckpt.cli.page import Finding, Section, lines, show, wrap
+
+SCHEMA = "distckpt.doctor/1"
+
+
+def doctor(options: Options, environment: Mapping[str, str] | None = None) -> int:
+    """Look, self-test, print (rank 0 only). Returns the exit code: 0, or 1 when something failed, on every rank."""
+    environment = os.environ if environment is None else environment
+    entries = machine.devices()
+    here, ranks, found = _meet(environment, options.timeout)
+    mine = [] if options.no_self_test else _self_test(options, entries, here)
+    everyone = ranks.bring(mine)
+
+    def report() -> int:
+        counts = {e["type"]: e["count"] for e in entries if e["on"]}
+        launch = launched.findings(environment, counts, machine.installed("torch-xla"))
+        if found is not None:
+            launch = [f for f in launch if f.subject != found.subject] + [found]
+        sections = {
+            "devices": Section("Devices", tuple(machine.device_findings(entries))),
+            "launch": Section("Launch", tuple(launch)),
+            "neighbours": Section("Neighbours", tuple(neighbours.findings(environment, options.imports))),
+            "self_test": Section("Replay self-test", tuple(_verdicts(everyone, options))),
+        }
+        failures = sum(f.status == "fail" for s in sections.values() for f in s.findings)
+        warnings = sum(f.status == "warn" for s in sections.values() for f in s.findings)
+        if options.json:
+            print(json.dumps(_as_json(entries, sections, everyone, failures, warnings), indent=2), flush=True)
+        else:
+            _print(sections, failures, warnings)
+        return 1 if failures else 0
+
+    return ranks.follow(report)
+
+
+def _meet(environment: Mapping[str, str], timeout: float) -> tuple[launched.Place, Ranks, Finding | None]:
+    """This process among the ranks; alone, with the reason, where the environment does not let it be more."""
+    alone = launched.Place()
+    try:
+        here = launched.place(environment)
+        return here, Ranks(here, environment, timeout), None
+    except BadEnvironment as error:
+        return alone, Ranks(alone, environment, timeout), Finding.failed("torchrun", error)
+    except RuntimeError as error:  # torch's DistError and its kin
+        where = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
+        refused = BadEnvironment(
+            f"rank {environment['RANK']} cannot reach the store at {where}",
+            why=str(error).splitlines()[0],
+            fix="start all ranks together with torchrun, or unset RANK to look at this process alone",
+        )
+        return alone, Ranks(alone, environment, timeout), Finding.failed("torchrun", refused)
+
+
+def _self_test(options: Options, entries: list[dict[str, Any]], here: launched.Place) -> list[dict[str, str]]:
+    """Under a launcher a rank tests the CPU and its own device; alone, every device there is."""
+    import torch
+
+    from distckpt.cli import selftest
+
+    devices: list[torch.device] = []
+    for entry in entries:
+        kind, count = entry["type"], entry["count"]
+        if not entry["on"] or (options.device and kind not in options.device):
+            continue
+        if kind == "cpu" or count is None:
+            devices.append(torch.device(kind))
+        elif here.size > 1:
+            devices.append(torch.device(kind, here.local % count))
+        else:
+            devices += [torch.device(kind, i) for i in range(count)]
+    if here.rank == 0:
+        names = ", ".join(map(str, devices)) or "nothing"
+        who = f" on each of {here.size} ranks" if here.size > 1 else ""
+        print(f"distckpt doctor: replaying on {names}{who}", file=sys.stderr, flush=True)
+    return [asdict(result) for result in selftest.run(devices)]
+
+
+def _verdicts(everyone: list[Any], options: Options) -> list[Finding]:
+    if options.no_self_test:
+        return [Finding("off", "left out", "as asked", "leave out --no-self-test")]
+    if not any(everyone):
+        return [_unknown(options)]
+    found = [_equal(everyone)]
+    for (device, detail, status), (cases, ranks) in _troubles(everyone).items():
+        at = f"{_named(ranks)}: " if len(everyone) > 1 else ""
+        what = f"{at}{'; '.join(cases)}: {detail}"
+        if status == "unsure":
+            found.append(Finding("warn", device, what))
+        else:
+            error = ReplayDiffers(what, fix="do not train with regions here; report it with --json")
+            found.append(Finding.failed(device, error))
+    missing = [rank for rank, results in enumerate(everyone) if results is None]
+    if missing:
+        error = RankMissing(
+            f"{_named(missing)} said nothing within {options.timeout:g} s",
+            why="dead, or hanging in the self-test",
+            fix="look at its own output, or give --timeout more seconds",
+        )
+        found.append(Finding.failed("missing", error))
+    return found
+
+
+def _troubles(everyone: list[Any]) -> dict[tuple[str, str, str], tuple[list[str], list[int]]]:
+    """What was not equal: (device, detail, status), with the cases and the ranks where it was so."""
+    found: dict[tuple[str, str, str], tuple[list[str], list[int]]] = {}
+    for rank, results in enumerate(everyone):
+        for result in results or ():
+            if result["status"] != "equal":
+                cases, ranks = found.setdefault(
+                    (result["device"], result["detail"], result["status"]), ([], [])
+                )
+                case = f"{result['case']}, {result['way']}" if result["way"] else result["case"]
+                cases += [case] if case not in cases else []
+                ranks += [rank] if rank not in ranks else []
+    return found
+
+
+def _named(ranks: list[int]) -> str:
+    """Ranks in words: "rank 3", "ranks 0-3, 7"."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][-1] == rank - 1:
+            runs[-1] = [runs[-1][0], rank]
+        else:
+            runs.append([rank])
+    text = ", ".join("-".join(map(str, run)) for run in runs)
+    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"
+
+
+def _equal(everyone: list[Any]) -> Finding:
+    results = [result for found in everyone for result in found or ()]
+    sure = [result for result in results if result["status"] != "unsure"]
+    equal = sum(result["status"] == "equal" for result in sure)
+    devices = ", ".join(dict.fromkeys(result["device"] for result in sure))
+    ranks = f", {len(everyone)} ranks" if len(everyone) > 1 else ""
+    good = equal == len(sure) > 0 and None not in everyone
+    return Finding(
+        "ok" if good else "off",
+        "bitwise",
+        f"{equal} of {len(sure)} replays equal on {devices or 'nothing'}{ranks}",
+    )
+
+
+def _unknown(options: Options) -> Finding:
+    error = ReplayDiffers(
+        f"nothing to test: no device of type {', '.join(options.device)} is on",
+        fix="give --device one that is listed as ok above",
+    )
+    return Finding.failed("none", error)
+
+
+def _print(sections: dict[str, Section], failures: int, warnings: int) -> None:
+    head = "   ".join(
+        f"{name} {version}" if name != "platform" else version for name, version in machine.versions().items()
+    )
+    rows: list[tuple[str, str]] = [("", line) for line in wrap(head, "", "")]
+    for section in sections.values():
+        rows += [("", ""), *lines(section)]
+    plural = [
+        f"{n} {what}{'' if n == 1 else 's'}" for n, what in ((failures, "failure"), (warnings, "warning"))
+    ]
+    rows += [("", ""), ("", ", ".join(plural))]
+    after = "distckpt doctor --json    (each code has a section in docs/errors.md)"
+    rows.append(("", f"Next: {after if failures else 'distckpt run train.py'}"))
+    show(rows)
+
+
+def _as_json(
+    entries: list[dict[str, Any]],
+    sections: dict[str, Section],
+    everyone: list[Any],
+    failures: int,
+    warnings: int,
+) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "ok": not failures,
+        "failures": failures,
+        "warnings": warnings,
+        "versions": machine.versions(),
+        "devices": entries,
+        "findings": {name: [asdict(f) for f in section.findings] for name, section in sections.items()},
+        "ranks": [{"rank": rank, "results": results} for rank, results in enumerate(everyone)],
+    }
