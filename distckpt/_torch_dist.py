@@ -9,6 +9,14 @@ import warnings
 from typing import Any
 
 
+def all_gather(out: Any, part: Any, group: Any, async_op: bool = False) -> Any:
+    """Gather one tensor of each rank of ``group`` into one; the work to wait for when ``async_op``."""
+    import torch.distributed as dist
+
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+    return gather(out, part, group=group, async_op=async_op)
+
+
 def dtensor_tracker() -> Any:
     """DTensor's random state tracker, or None: it has none on a CPU mesh, nor before its first random operator."""
     try:

@@ -21,7 +21,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from distckpt._torch import (
     graph_task_id,
@@ -30,6 +29,7 @@ from distckpt._torch import (
     top_saved_tensors_hooks,
     without_dispatch_modes,
 )
+from distckpt._torch_dist import all_gather
 from distckpt.engine.errors import InputChanged
 from distckpt.engine.inputs import Packed
 from distckpt.ranks.pieces import Piece, digest
@@ -56,9 +56,7 @@ class Flight:
                 self._sent[_TAG:].copy_(chunk)
                 self._got = self._sent.new_empty((partition.size, len(self._sent)))
             # In sight of whoever watches collectives.
-            self._work: Any = dist.all_gather_into_tensor(
-                self._got.view(-1), self._sent, group=partition.group, async_op=True
-            )
+            self._work: Any = all_gather(self._got.view(-1), self._sent, partition.group, async_op=True)
 
     def wait(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The tags of all ranks, and the run of bytes."""

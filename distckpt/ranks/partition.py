@@ -17,6 +17,7 @@ import torch.distributed as dist
 from distckpt_backends import get
 
 from distckpt._torch import make_saved_tensor, without_dispatch_modes
+from distckpt._torch_dist import all_gather
 from distckpt.engine.inputs import own, tensors
 from distckpt.engine.verify import checksum
 from distckpt.ranks.kept import Kept
@@ -88,6 +89,13 @@ class Partition:
 
     def __deepcopy__(self, memo: Any) -> Partition:
         return self  # a copied model's regions use the same group
+
+    def __reduce__(self) -> Any:
+        raise BadPartition(
+            "a partition cannot be pickled, nor a model whose regions have one",
+            why="its process group exists in this job only",
+            fix="remove() the regions, pickle the model, and put regions on the loaded one",
+        )
 
     # What the engine asks ----------------------------------------------------------------------------------
 
@@ -177,7 +185,7 @@ class Partition:
     def _gathered(self, values: torch.Tensor) -> list[list[int]]:
         self.counts.checks += 1
         found = torch.empty((self.size, len(values)), dtype=values.dtype, device=values.device)
-        dist.all_gather_into_tensor(found.view(-1), values, group=self.group)
+        all_gather(found.view(-1), values, self.group)
         return found.tolist()
 
     # What was recorded last, and whose gather is ahead -------------------------------------------------------
@@ -214,7 +222,8 @@ def _group(group: Any) -> Any:
                 fix='take one of its dims: mesh["tp"]',
             )
         group = group.get_group()
-    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+    known = dist.is_available() and isinstance(group, dist.ProcessGroup)
+    if not known or dist.get_rank(group) < 0:
         raise BadPartition(
             f"a partition needs a process group that this rank is in, not {group!r}",
             fix='pass a group, or a mesh of one dim such as mesh["tp"]',

@@ -26,6 +26,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from distckpt import _torch_dist
+from distckpt._torch import call_without_dynamo, dynamo_callback, opaque_to_dynamo
 from distckpt.engine import streams as engine_streams
 from distckpt.ranks import exchange
 from distckpt.ranks.stream_states import load_state_dict as load_state_dict
@@ -70,19 +71,26 @@ class stream(contextlib.AbstractContextManager[None]):
         self.name = name
         self._frames: list[Frame] = []
 
+    @opaque_to_dynamo
     def __enter__(self) -> None:
-        self._frames.append(switch.enter(self.name))
+        self._frames.append(_eagerly(switch.enter, self.name))
 
+    @opaque_to_dynamo
     def __exit__(self, *exc: object) -> None:
-        switch.leave(self._frames.pop())
+        _eagerly(switch.leave, self._frames.pop())
+
+
+def _eagerly(function: Any, argument: Any) -> Any:
+    # Under torch.compile a block breaks the graph; what it does to generators is not for Dynamo to trace.
+    eager = dynamo_callback() is None
+    return function(argument) if eager else call_without_dynamo(function, argument)
 
 
 class Seeded(contextlib.AbstractContextManager["Seeded"]):
     """Handle of seeded streams: ``names``, and ``remove()`` to forget them; also a context manager."""
 
-    def __init__(self, new: Mapping[str, Stream], tracker: engine_streams.Registration | None) -> None:
+    def __init__(self, new: Mapping[str, Stream]) -> None:
         self.names = tuple(new)
-        self._tracker = tracker
 
     def remove(self) -> None:
         """Forget the streams. Regions recorded before keep what they stashed. Removing twice is harmless.
@@ -91,8 +99,8 @@ class Seeded(contextlib.AbstractContextManager["Seeded"]):
             StreamInUse: inside a block (DC451).
         """
         switch.drop(dict.fromkeys(self.names))
-        if self._tracker is not None:
-            self._tracker.remove()
+        if not switch.names():
+            _forget_tracker()
 
     def __exit__(self, *exc: object) -> None:
         self.remove()
@@ -146,8 +154,11 @@ def seed_streams(
         differs = {meanings.get(dim, dim) for dim in dims}
         at = tuple(sorted((dim, i) for dim, meaning, i in place if meaning in differs or dim in dims))
         new[name] = Stream(name, derive(seed, name, at), seed, at)
+    switch.refuse_inside("seeded")
+    if mesh is not None:
+        _stash_tracker(mesh)
     switch.put(new)
-    return Seeded(new, None if mesh is None else _with_tracker(mesh))
+    return Seeded(new)
 
 
 def _coordinates(mesh: Any, meanings: Mapping[str, str], wanted: set[str]) -> list[tuple[str, str, int]]:
@@ -183,18 +194,23 @@ def _coordinates(mesh: Any, meanings: Mapping[str, str], wanted: set[str]) -> li
     return [(name, meanings.get(name, name), int(i)) for name, i in zip(names, at, strict=True)]
 
 
-_TRACKER = "DTensor tracker"
+_tracker: engine_streams.Registration | None = None
 
 
-def _with_tracker(mesh: Any) -> engine_streams.Registration | None:
-    if _torch_dist.make_dtensor_tracker(mesh) is None:
-        return None
-    if any(s.name == _TRACKER for s in engine_streams.registered()):
-        return None
-    return engine_streams.add(
-        engine_streams.Stream(
-            _TRACKER,
-            lambda: _torch_dist.tracker_state(_torch_dist.dtensor_tracker()),
-            lambda state: _torch_dist.set_tracker_state(_torch_dist.dtensor_tracker(), state),
+def _stash_tracker(mesh: Any) -> None:
+    global _tracker
+    if _torch_dist.make_dtensor_tracker(mesh) is not None and _tracker is None:
+        _tracker = engine_streams.add(
+            engine_streams.Stream(
+                "DTensor tracker",
+                lambda: _torch_dist.tracker_state(_torch_dist.dtensor_tracker()),
+                lambda state: _torch_dist.set_tracker_state(_torch_dist.dtensor_tracker(), state),
+            )
         )
-    )
+
+
+def _forget_tracker() -> None:
+    global _tracker
+    if _tracker is not None:
+        _tracker.remove()
+        _tracker = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import pickle
 import warnings
 import weakref
 from collections.abc import Callable
@@ -421,6 +422,7 @@ def options() -> Any:
         "bytes": refused(lambda: made(min_bytes=-1), BadPartition),
         "mesh": refused(lambda: Coordinator().partition(mesh), BadPartition),
         "group": refused(lambda: Coordinator().partition("tp"), BadPartition),
+        "pickle": refused(lambda: pickle.dumps(made()), BadPartition),
         "not in it": refused(lambda: Coordinator().partition(alone), BadPartition),
     }
     single = Coordinator().partition(mesh["dp"], min_bytes=0)
@@ -454,7 +456,7 @@ def module_regions() -> Any:
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("error")
     dist.init_process_group("gloo")
     names = ["chain", "odd_sizes", "layouts", "checks"] if dist.get_world_size() == 3 else list(CASES)
     report({name: CASES[name]() for name in names})
