@@ -161,8 +161,9 @@ def test_replays_fired_early_gather_without_looking_ahead(two: list[Any]) -> Non
 
 def test_the_input_itself_does_not_outlive_the_forward(two: list[Any]) -> None:
     for found in two:
-        freed, counts = found["memory"]
+        freed, again, counts = found["memory"]
         assert freed
+        assert again  # nor the gathered one the replay, though the graph is still there
         assert counts == counted(regions=1, tensors=1, whole=16384, kept=8192, gathers=1, checks=1)
 
 

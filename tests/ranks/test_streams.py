@@ -259,6 +259,17 @@ def test_a_stream_continues_where_its_last_block_ended() -> None:
     assert torch.equal(whole, torch.cat(parts))
 
 
+def test_a_stream_entered_again_inside_its_own_block_goes_on() -> None:
+    with dc.rng.seed_streams(None, 7), stream("tensor-parallel"):
+        whole = torch.rand(6)
+    with dc.rng.seed_streams(None, 7), stream("tensor-parallel"):
+        first = torch.rand(2)
+        with stream("tensor-parallel"):
+            second = torch.rand(2)
+        third = torch.rand(2)
+    assert torch.equal(whole, torch.cat([first, second, third]))
+
+
 def test_streams_of_an_earlier_seeding_serve_the_regions_recorded_under_them() -> None:
     def program(region: Region) -> list[Any]:
         x = leaf(50)

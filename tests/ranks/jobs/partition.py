@@ -296,13 +296,19 @@ def memory() -> Any:
     p = made()
     x = leaf(4096)
     middle = x * 1.0
-    gone = weakref.ref(middle.untyped_storage())
-    y = dc.checkpoint(lambda t: t.cos().exp(), middle, partition=p)
+    seen = []
+
+    def fn(t: torch.Tensor) -> torch.Tensor:
+        seen.append(weakref.ref(t))
+        return t.cos().exp()
+
+    y = dc.checkpoint(fn, middle, partition=p)
     del middle
     gc.collect()
-    freed = gone() is None
-    backward(y, x)
-    return [freed, counts(p)]
+    freed = seen[0]() is None
+    backward(y, x, retain_graph=True)
+    gc.collect()
+    return [freed, seen[1]() is None, counts(p)]
 
 
 @case
@@ -351,7 +357,7 @@ def after_a_failure() -> Any:
 
     both_inputs = Fussy()
     dict.__setitem__(both_inputs, "t", leaf(8, seed=3))
-    y = dc.checkpoint(lambda a, d: (a * d["t"].sum()).sin().exp(), x, both_inputs, partition=p)
+    y = dc.checkpoint(lambda d, a: (a * d["t"].sum()).sin().exp(), both_inputs, x, partition=p)
     fails[0] = True
     message = refused(lambda: backward(y, x, retain_graph=True), ZeroDivisionError)
     fails[0] = False
