@@ -6,15 +6,64 @@ Supported: torch 2.9 to 2.15; the same rules as in ``_torch.py``.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 
 def all_gather(out: Any, part: Any, group: Any, async_op: bool = False) -> Any:
     """Gather one tensor of each rank of ``group`` into one; the work to wait for when ``async_op``."""
-    import torch.distributed as dist
-
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
     return gather(out, part, group=group, async_op=async_op)
+
+
+def group_device_types(group: Any) -> tuple[str, ...]:
+    """The device types whose tensors can travel through ``group``."""
+    return tuple(device.type for device in group._device_types)
+
+
+def plain_part(
+    t: torch.Tensor, ranks: list[int]
+) -> tuple[Any, Callable[[torch.Tensor], torch.Tensor]] | None:
+    """The plain tensor that is all of ``t`` on each of ``ranks``, and what makes a detached ``t`` of it again.
+
+    Of a DTensor that is replicated over a mesh dim with these ranks, and of a collective's result that may not have
+    arrived yet (it is waited for, and comes back as a plain tensor). None for any other subclass.
+    """
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+    from torch.distributed.tensor import DTensor
+
+    part, again, grad = t, _itself, t.requires_grad
+    if isinstance(part, DTensor):
+        mesh, placements = part.device_mesh, part.placements
+        groups = [dist.get_process_group_ranks(mesh.get_group(i)) for i in range(mesh.ndim)]
+        if not any(p.is_replicate() and g == ranks for p, g in zip(placements, groups, strict=True)):
+            return None
+        again = partial(
+            DTensor.from_local,
+            device_mesh=mesh,
+            placements=placements,
+            run_check=False,
+            shape=part.shape,
+            stride=part.stride(),
+        )
+        part = part._local_tensor
+    if isinstance(part, AsyncCollectiveTensor):
+        part = part.trigger_wait()
+
+    def make(found: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            made = again(found)
+        return made.requires_grad_() if grad else made
+
+    return (part, make) if type(part) is torch.Tensor else None
+
+
+def _itself(t: torch.Tensor) -> torch.Tensor:
+    return t
 
 
 def dtensor_tracker() -> Any:

@@ -74,7 +74,7 @@ class Kept:
     def __init__(self, partition: Partition, pieces: list[Piece], tensors: list[torch.Tensor]) -> None:
         self.partition = partition
         self.pieces = pieces
-        self.number = partition.counts.regions
+        self.number = partition.recorded
         self.sources = [(weakref.ref(t), t._version) for t in tensors]
         self.behind_hooks = top_saved_tensors_hooks() is not None
         self.size = -(-pieces[-1].end // (partition.size * _TAG)) * _TAG

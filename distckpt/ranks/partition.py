@@ -9,16 +9,17 @@ from __future__ import annotations
 import dataclasses
 import threading
 import weakref
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from distckpt_backends import get
 
 from distckpt._torch import make_saved_tensor, without_dispatch_modes
-from distckpt._torch_dist import all_gather
-from distckpt.engine.inputs import own, tensors
+from distckpt._torch_dist import all_gather, group_device_types, plain_part
+from distckpt.engine.inputs import Packed, own, tensors
 from distckpt.engine.verify import checksum
 from distckpt.ranks.kept import Kept
 from distckpt.ranks.pieces import Piece, digest, piece
@@ -42,13 +43,22 @@ class Counts:
     checks: int = 0
 
 
+class _Chosen(NamedTuple):
+    """An input to divide: ``part`` is the plain tensor in ``whole``, which ``make`` makes of it again."""
+
+    piece: Piece
+    whole: torch.Tensor
+    part: torch.Tensor
+    make: Callable[[torch.Tensor], torch.Tensor] | None
+
+
 class Partition:
     """Keeps 1/t of regions' inputs per rank of a group: pass it to ``dc.checkpoint`` or ``dc.apply`` as ``partition=``.
 
     For inputs that are equal on every rank of the group, as between the blocks of a tensor-parallel model. Make
-    one per group and keep it. Parameters, tensors below ``min_bytes``, DTensors (a sharded one is divided already)
-    and tensors with overlapping elements are kept whole. The ranks of a group must record and replay the same
-    regions in the same order, one backward at a time.
+    one per group and keep it. Kept whole are parameters, tensors below ``min_bytes``, DTensors that are not
+    replicated over the group (they are divided already), and tensors with overlapping elements. The ranks of a
+    group must record and replay the same regions in the same order, one backward at a time.
 
     Args:
         group: a process group, or a ``DeviceMesh`` of one dim (``mesh["tp"]``).
@@ -80,10 +90,12 @@ class Partition:
         self.group = _group(group)
         self.ranks = dist.get_process_group_ranks(self.group)
         self.size = len(self.ranks)
+        self.device_types = group_device_types(self.group)
         self.rank = dist.get_rank(self.group)
         self.min_bytes, self.prefetch, self.check = min_bytes, prefetch, check
         self.counts = Counts()
         self._thread = threading.local()
+        self.recorded = 0  # regions so far; the same on every rank
         self._flying: weakref.ref[Kept] | None = None
         self._seen: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
 
@@ -106,63 +118,70 @@ class Partition:
         owned = (fn if type(fn) is partial else None, args, kwargs)
         chosen = self._choose(owned)
         if self.size > 1 and self.check != "never":
-            chosen = self._checked(fn, chosen, owned)
+            chosen = self._checked(fn, chosen)
         if not chosen:
             return _own_all(fn, args, kwargs, None)
-        pieces, sources = [p for p, _ in chosen], [t for _, t in chosen]
-        kept = Kept(self, pieces, sources)
-        places = {id(t): i for i, t in enumerate(sources)}
+        pieces = [c.piece for c in chosen]
+        kept = Kept(self, pieces, [c.part for c in chosen])
+        places = {id(c.whole): i for i, c in enumerate(chosen)}
+
+        makers = [c.make for c in chosen]  # without the tensors themselves
 
         def keep(t: torch.Tensor) -> Any:
             i = places.get(id(t))
-            return make_saved_tensor(t, False) if i is None else kept.part(i)
+            if i is None:
+                return make_saved_tensor(t, False)
+            make = makers[i]
+            return kept.part(i) if make is None else Packed([kept.part(i)], lambda parts: make(parts[0]))
 
+        self.recorded += 1
         self.counts.regions += 1
         self.counts.tensors += len(pieces)
         self.counts.whole += sum(p.nbytes for p in pieces)
         self.counts.kept += kept.size
         return _own_all(fn, args, kwargs, keep)
 
-    def _choose(self, owned: Any) -> list[tuple[Piece, torch.Tensor]]:
+    def _choose(self, owned: Any) -> list[_Chosen]:
         """The inputs to divide, each once, in call order, and where they lie."""
-        chosen: list[tuple[Piece, torch.Tensor]] = []
+        chosen: list[_Chosen] = []
         if self.size == 1:
             return chosen
         end, seen = 0, set()
         for t in tensors(owned):
-            if id(t) in seen or type(t) is not torch.Tensor or t.numel() * t.element_size() < self.min_bytes:
+            if id(t) in seen or isinstance(t, torch.nn.Parameter):
                 continue
             seen.add(id(t))
-            found = piece(t, end)
+            plain = (t, None) if type(t) is torch.Tensor else plain_part(t, self.ranks)
+            if plain is None or plain[0].numel() * plain[0].element_size() < self.min_bytes:
+                continue
+            found = piece(plain[0], end)
             if found is not None:
-                chosen.append((found, t))
+                chosen.append(_Chosen(found, t, *plain))
                 end = found.end
         if chosen:
-            _one_eager_device([t for _, t in chosen])
+            _one_eager_device([c.part for c in chosen], self.device_types)
         return chosen
 
     # The check -----------------------------------------------------------------------------------------------
 
-    def _checked(
-        self, fn: Any, chosen: list[tuple[Piece, torch.Tensor]], owned: Any
-    ) -> list[tuple[Piece, torch.Tensor]]:
-        form = digest([p for p, _ in chosen])
+    def _checked(self, fn: Any, chosen: list[_Chosen]) -> list[_Chosen]:
+        form = digest([c.piece for c in chosen])
         seen = self._seen.setdefault(_site(fn), set()) if self.check == "first" else set()
         if form in seen:
             return chosen
         # Also with nothing to divide: another rank may have something, and would wait here.
-        device = next((t.device for t in tensors(owned)), torch.device("cpu"))
+        kind = "cpu" if "cpu" in self.device_types else self.device_types[0]
         with torch.no_grad(), without_dispatch_modes():
-            sums = torch.empty(len(chosen), dtype=torch.int64, device=device)
-            for place, (_, t) in zip(sums, chosen, strict=True):
-                place.copy_(checksum(t.detach()))
+            sums = torch.empty(len(chosen), dtype=torch.int64, device=get(kind).current_device())
+            for place, c in zip(sums, chosen, strict=True):
+                place.copy_(checksum(c.part.detach()))
         # One of a fixed size first: ranks with other numbers of inputs must not meet in a collective of that size.
         rows = self._gathered(torch.stack([sums.new_tensor(form), checksum(sums)]))
         apart = [i for i, row in enumerate(rows) if row[0] != rows[0][0]]
         if apart:
             raise InputsDiffer(
                 f"the inputs of a region have another form on rank {self.ranks[apart[0]]} than on rank {self.ranks[0]}",
-                why=f"here {[(tuple(t.shape), str(t.dtype)) for _, t in chosen]}; shapes, dtypes, strides and their "
+                why=f"here {[(c.piece.size, str(c.piece.dtype)) for c in chosen]}; shapes, dtypes, strides and their "
                 "order must be equal over the group of a partition",
                 fix="leave partition= out of this region",
             )
@@ -172,11 +191,11 @@ class Partition:
         rows = self._gathered(sums)
         differ = [i for i in range(len(chosen)) if any(row[i] != rows[0][i] for row in rows)]
         if self.check == "leave":
-            return self._choose([t for i, (_, t) in enumerate(chosen) if i not in differ])
+            return self._choose([c.whole for i, c in enumerate(chosen) if i not in differ])
         i = differ[0]
         rank = next(r for r, row in enumerate(rows) if row[i] != rows[0][i])
         raise InputsDiffer(
-            f"input {i} of a region, {chosen[i][0].dtype} of shape {chosen[i][0].size}, has other values on rank "
+            f"input {i} of a region, {chosen[i].piece.dtype} of shape {chosen[i].piece.size}, has other values on rank "
             f"{self.ranks[rank]} than on rank {self.ranks[0]}",
             why="a partition keeps a part of each input per rank, so every rank must have the same",
             fix='sequence-parallel inputs are divided already: leave partition= out, or use check="leave"',
@@ -231,7 +250,7 @@ def _group(group: Any) -> Any:
     return group
 
 
-def _one_eager_device(chosen: list[torch.Tensor]) -> None:
+def _one_eager_device(chosen: list[torch.Tensor], device_types: tuple[str, ...]) -> None:
     devices = sorted({str(t.device) for t in chosen})
     if len(devices) > 1:
         raise BadPartition(
@@ -244,6 +263,12 @@ def _one_eager_device(chosen: list[torch.Tensor]) -> None:
             f"inputs on {devices[0]} cannot be partitioned",
             why="its operators are compiled later, and a gather through the process group would break the graph",
             fix="shard the activations with the mesh of the device instead",
+        )
+    if chosen[0].device.type not in device_types:
+        raise BadPartition(
+            f"inputs on {devices[0]} cannot travel through the group of a partition",
+            why=f"its backend carries tensors on {', '.join(device_types)}",
+            fix="use a group whose backend knows the device, or leave partition= out of this region",
         )
 
 

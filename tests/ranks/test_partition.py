@@ -119,11 +119,24 @@ def test_keywords_containers_and_partials_share_one_gather(two: list[Any]) -> No
         }
 
 
-def test_small_tensors_parameters_and_dtensors_stay_whole(two: list[Any]) -> None:
+def test_small_tensors_parameters_and_sharded_dtensors_stay_whole(two: list[Any]) -> None:
     for found in two:
         assert found["small_and_parameters"] == counted(
             regions=1, tensors=1, whole=400, kept=208, gathers=1, checks=1
         )
+
+
+def test_a_replicated_dtensor_is_divided_and_a_dtensor_again(two: list[Any]) -> None:
+    # Three tensors of 240 bytes, each at a multiple of 64.
+    for found in two:
+        row, seen, sharded = found["replicated"]
+        assert row == {
+            "equal": True,
+            "replays": 1,
+            **counted(regions=1, tensors=3, whole=720, kept=chunk(752, 2), gathers=1, checks=1),
+        }
+        assert seen == [["DTensor", True, False]] * 3  # plain, recorded, replayed
+        assert sharded == 1  # the other input only
 
 
 def test_nested_regions_are_exact_and_gather_once_per_replay(two: list[Any]) -> None:

@@ -20,7 +20,7 @@ from distckpt.engine.errors import InputChanged
 from distckpt.engine.events import counters
 from distckpt.ranks import kept as kept_room
 from distckpt.ranks.coordinator import Coordinator
-from distckpt.ranks.partition import Partition
+from distckpt.ranks.partition import Counts, Partition
 from distckpt.ranks.streams_errors import BadPartition, GatherMismatch, InputsDiffer
 from tests.engine.exact import same_bits
 from tests.ranks.spawn import leave, report
@@ -212,11 +212,10 @@ def containers() -> Any:
 @case
 def small_and_parameters() -> Any:
     """Small tensors, parameters and sharded tensors stay whole."""
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     sharded = distribute_tensor(torch.ones(12, 4), mesh, [Shard(0)])
-    whole = distribute_tensor(torch.ones(12, 4), mesh, [Replicate()])
     parameter = torch.nn.Parameter(torch.ones(100))
     p = Coordinator().partition(mesh["tp"], min_bytes=400)
     x = leaf(100)
@@ -228,9 +227,38 @@ def small_and_parameters() -> Any:
             total = total + t.sum()
         return total.exp()
 
-    y = dc.checkpoint(fn, x, leaf(99), parameter, sharded, whole, partition=p)
+    y = dc.checkpoint(fn, x, leaf(99), parameter, sharded, partition=p)
     backward(y, x)
     return counts(p)
+
+
+@case
+def replicated() -> Any:
+    """A DTensor that is whole on every rank is divided and is a DTensor again; so is a collective's late result."""
+    from torch.distributed._functional_collectives import all_reduce
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    seen = []
+
+    def fn(w: torch.Tensor, whole: torch.Tensor, late: torch.Tensor) -> torch.Tensor:
+        seen.append((type(whole).__name__, whole.requires_grad, late.requires_grad))
+        return (w * whole.sin()).to_local().exp() * late.sin()
+
+    def program(region: Any) -> Any:
+        x, y = leaf(12, 5), leaf(12, 5, seed=2)
+        w = distribute_tensor(torch.ones(12, 5), mesh, [Replicate()])
+        whole = DTensor.from_local(x * y.sum(), mesh, [Replicate()])
+        late = all_reduce(torch.ones(12, 5) * 0.25, "sum", dist.group.WORLD)
+        out = region(fn, w, whole, late)
+        return [out, *backward(out, x, y)]
+
+    both_ways = both(program)
+    sharded = distribute_tensor(torch.ones(12, 4), mesh, [Shard(0)])
+    p = made()
+    v = leaf(4)
+    backward(dc.checkpoint(lambda v, s: v.sin() * s.to_local().sum(), v, sharded, partition=p), v)
+    return [both_ways, seen, p.counts.tensors]
 
 
 @case
@@ -411,6 +439,7 @@ def other_region() -> Any:
         p = made(prefetch=False)
         x = leaf(64)
         ys = [dc.checkpoint(block, x + i, partition=p) for i in range(2)]
+        p.counts = Counts()  # yours to reset, on one rank or all
         found[str(late)] = refused(
             lambda ys=ys, x=x: backward(ys[min(1, dist.get_rank())], x), GatherMismatch
         )
@@ -431,6 +460,9 @@ def options() -> Any:
         "pickle": refused(lambda: pickle.dumps(made()), BadPartition),
         "not in it": refused(lambda: Coordinator().partition(alone), BadPartition),
     }
+    made_for_gpus = made()
+    made_for_gpus.device_types = ("cuda",)
+    found["device"] = refused(lambda: dc.checkpoint(block, leaf(4), partition=made_for_gpus), BadPartition)
     single = Coordinator().partition(mesh["dp"], min_bytes=0)
     x = leaf(8)
     backward(dc.checkpoint(block, x, partition=single), x)
