@@ -63,6 +63,15 @@ the two that follow it (`set_modules_to_forward_prefetch`): in a replay that ask
 torch gathers them for nothing.
 """
 
+PARTITION = """## Partitioned inputs
+
+Regions on blocks whose inputs are equal on every rank of a group, on real gloo ranks: `whole` keeps the inputs on every
+rank, `partitioned` a part on each and gathers them for the replay, `one ahead` has the gather of the next region
+under way meanwhile. gloo on one machine is all copying, on the cores that also compute, so little of it can be
+hidden; in the rows with `link +ms` each gather takes so much longer without keeping a core busy, as over a network.
+Times are of forward and backward between two barriers.
+"""
+
 COMPOSE = """## Proof by composition
 
 Random programs (dropout, views, in-place ops, nested and selective regions, gradients taken inside a region, autocast,
@@ -167,6 +176,29 @@ def ranks_fsdp_part(result: dict[str, Any]) -> str:
     return "\n".join([RANKS_FSDP, ranks_fsdp_table(result["rows"]), "", f"Size: {size}. {source(result)}"])
 
 
+def partition_part(result: dict[str, Any]) -> str:
+    """Render what partitioned inputs save and cost."""
+    whole = {row["link_ms"]: row["ms_median"] for row in result["rows"] if row["variant"] == "whole"}
+    rows = [
+        [
+            row["variant"],
+            f"{row['link_ms']:g}",
+            f"{row['kept_bytes'] / 2**20:.2f}",
+            f"{row['ms_median']:.1f}",
+            f"{row['ms_median'] / whole[row['link_ms']]:.2f}",
+            str(row["gathers"]),
+            str(row["prefetched"]),
+            "yes" if row["equal"] else "no",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["inputs", "link +ms", "kept MiB per rank", "step ms, median", "of whole", "gathers", "ahead"]
+    header += ["gradients equal to the bit"]
+    size = ", ".join(f"{key} {value}" for key, value in result["size"].items())
+    size = f"{result['ranks']} ranks, {size}; {result['rounds']} rounds, interleaved. {source(result)}"
+    return "\n".join([PARTITION, table(header, rows), "", f"Size: {size}"])
+
+
 def compose_part() -> str:
     """Render the long runs of the composition suite."""
     parts, rows, sources = [COMPOSE], [], []
@@ -200,6 +232,8 @@ def page() -> str:
     ranks_check = load("ranks_check")
     parts += [ranks_check_part(ranks_check)] if ranks_check else []
     parts += [ranks_fsdp_part(ranks_fsdp)] if ranks_fsdp else []
+    partition = load("ranks_partition")
+    parts += [partition_part(partition)] if partition else []
     return "\n".join(parts).rstrip() + "\n"
 
 

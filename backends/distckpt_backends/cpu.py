@@ -112,6 +112,9 @@ class CpuBackend(Backend):
     def rng_stash(self, device: torch.device = _CPU) -> torch.Tensor:
         return _get_state()
 
+    def rng_seed(self, device: torch.device, seed: int) -> None:
+        _default.manual_seed(seed)
+
     def rng_moved(self, device: torch.device, state: torch.Tensor) -> bool:
         now = _get_state()
         return memcmp(now.data_ptr(), state.data_ptr(), _C_SIZE) != 0

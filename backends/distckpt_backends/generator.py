@@ -97,6 +97,9 @@ class GeneratorBackend(Backend):
             return not same_bytes(now, state)
         return type(now) is not type(state) or now != state
 
+    def rng_seed(self, device: torch.device, seed: int) -> None:
+        self._generator(device).manual_seed(seed)
+
     def rng_restore(self, device: torch.device, state: RngState) -> None:
         generator = self._generator(device)
         if self._capture_check is not None and self._capture_check():

@@ -80,6 +80,11 @@ class ModuleBackend(Backend):
         # bytes, as some modules hand out their live buffer, and a stash must not move with the generator
         return read_bytes(self._module.get_rng_state(device.index))
 
+    def rng_seed(self, device: torch.device, seed: int) -> None:
+        self._check(device)
+        with self.device_guard(device):
+            self._module.manual_seed(seed)
+
     def rng_restore(self, device: torch.device, state: bytes) -> None:
         self._check(device)
         size = self._module.get_rng_state(device.index).numel()

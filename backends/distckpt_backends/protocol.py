@@ -124,6 +124,11 @@ class Backend:
         """Put `state` back exactly. A foreign state raises RngStateError (DC204) and changes nothing."""
         raise NotImplementedError
 
+    def rng_seed(self, device: torch.device, seed: int) -> None:
+        """Start the generator of `device` anew from `seed`, an unsigned 64-bit int."""
+        with self.device_guard(device):
+            torch.get_device_module(device.type).manual_seed(seed)
+
     def rng_moved(self, device: torch.device, state: RngState) -> bool:
         """True when anything was drawn on `device` since `state` was stashed (or the state was set
         elsewhere)."""

@@ -97,6 +97,9 @@ class XlaBackend(Backend):
     def rng_stash(self, device: torch.device) -> int:
         return _torch.xla_get_seed(self._names.get(device) or self._name(device))
 
+    def rng_seed(self, device: torch.device, seed: int) -> None:
+        self.rng_restore(device, seed)
+
     def rng_restore(self, device: torch.device, state: int) -> None:
         name = self._names.get(device) or self._name(device)
         if type(state) is not int or not 0 <= state < 1 << 64:

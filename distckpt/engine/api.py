@@ -13,7 +13,7 @@ import torch
 from distckpt._torch import skip_frame, torch_operator
 from distckpt.engine.call import run
 from distckpt.engine.errors import BadOption, OptionCollision
-from distckpt.engine.options import DEFAULT, Options
+from distckpt.engine.options import DEFAULT, Options, Partition
 from distckpt.engine.reentrant import reentrant
 
 T = TypeVar("T")
@@ -29,6 +29,7 @@ OPTION_NAMES = frozenset(
         "respect_saved_tensors_hooks",
         "policy",
         "name",
+        "partition",
     }
 )
 
@@ -113,7 +114,9 @@ def make_options(given: dict[str, Any]) -> tuple[Options, bool]:
             f"context_fn is a function that returns two context managers, not a {type(given['context_fn']).__name__}"
         )
     if use_reentrant:
-        extra = [k for k in ("context_fn", "debug", "respect_saved_tensors_hooks") if given.get(k)]
+        extra = [
+            k for k in ("context_fn", "debug", "respect_saved_tensors_hooks", "partition") if given.get(k)
+        ]
         if given.get("determinism_check", "none") != "none":
             extra.append("determinism_check")
         if extra:
@@ -177,6 +180,7 @@ if TYPE_CHECKING:
         respect_saved_tensors_hooks: bool | None = None,
         policy: None = None,
         name: str | None = None,
+        partition: Partition | None = None,
         **kwargs: Any,
     ) -> T: ...
 
@@ -193,6 +197,7 @@ if TYPE_CHECKING:
         respect_saved_tensors_hooks: bool | None = None,
         policy: None = None,
         name: str | None = None,
+        partition: Partition | None = None,
     ) -> Callable[[Callable[..., T]], Callable[..., T]]: ...
 
 
@@ -215,6 +220,8 @@ def checkpoint(function: Any = None, *args: Any, **kwargs: Any) -> Any:
             ``saved_tensors_hooks``.
         policy: reserved for data policies; only None.
         name: what errors and reports call this region.
+        partition: keep 1/t of the region's inputs per rank, and gather them for the replay: what
+            ``coord.partition(group)`` returns.
 
     Returns:
         What ``function`` returns; gradients through it equal those of a plain call to the bit.
@@ -252,6 +259,7 @@ checkpoint.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
                 ("respect_saved_tensors_hooks", None),
                 ("policy", None),
                 ("name", None),
+                ("partition", None),
             )
         ),
         inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from distckpt._torch import skip_frame, torch_operator
+from distckpt.engine.errors import BadOption
 from distckpt.engine.options import Options
 from distckpt.engine.record import record
 
@@ -26,6 +27,12 @@ def run(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
 
 def for_torch(options: Options) -> dict[str, Any]:
     """The options that torch's operator understands; the others have no meaning in a compiled graph."""
+    if options.partition is not None:
+        raise BadOption(
+            "a region with partition= cannot be traced into a compiled graph",
+            why="torch's operator keeps every input whole",
+            fix="call the region outside torch.compile, or leave partition out",
+        )
     known: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": options.preserve_rng_state}
     if options.context_fn is not None:
         known["context_fn"] = options.context_fn

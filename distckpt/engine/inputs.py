@@ -95,17 +95,20 @@ def _respell(original: Any, names: list[str]) -> _Rebuild:
     return rebuild
 
 
-def own(value: Any) -> Any:
-    """``value`` with every tensor in it turned into a saved tensor; containers without one stay as they are."""
+def own(value: Any, keep: Callable[[torch.Tensor], Any] | None = None) -> Any:
+    """``value`` with every tensor in it turned into a saved tensor; containers without one stay as they are.
+
+    With ``keep`` a tensor becomes what that returns: a saved tensor, or a :class:`Packed` that makes it again.
+    """
     if isinstance(value, torch.Tensor):
-        return make_saved_tensor(value, False)
+        return make_saved_tensor(value, False) if keep is None else keep(value)
     if type(value) in _ATOMS:
         return value
     opened = _open(value)
     if opened is None:
         return value
     children, make_rebuild = opened
-    parts = [own(child) for child in children]
+    parts = [own(child, keep) for child in children]
     if all(part is child for part, child in zip(parts, children, strict=True)) and not _mutable(value):
         return value
     return Packed(parts, make_rebuild())

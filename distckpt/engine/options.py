@@ -5,9 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 from distckpt.engine.errors import BadOption
+
+
+class Partition(Protocol):
+    """Keeps a region's inputs in another form than whole tensors (``ranks.partition``: 1/t of each on this rank)."""
+
+    def own(
+        self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, list[Any], dict[str, Any] | None]:
+        """Function, arguments and keywords as a region holds them: see :func:`distckpt.engine.inputs.own`."""
+        ...
+
 
 ContextFn = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
@@ -30,12 +41,18 @@ class Options:
     respect_saved_tensors_hooks: bool | None = None
     name: str | None = None
     strict: bool = True
+    partition: Partition | None = None
 
     def __post_init__(self) -> None:
         if self.determinism_check not in CHECKS and not callable(self.determinism_check):
             raise BadOption(
                 f"determinism_check should be one of {list(CHECKS)}, but got {self.determinism_check!r}",
                 fix='"default" compares shape, dtype and device; "fingerprint" and "bitwise" compare values',
+            )
+        if self.partition is not None and not callable(getattr(self.partition, "own", None)):
+            raise BadOption(
+                f"partition is what coord.partition(group) returns, not a {type(self.partition).__name__}",
+                fix="make one per process group, p = coord.partition(group), and pass partition=p",
             )
 
 

@@ -178,10 +178,13 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
     if hooks is not None and not is_engine_hook(hooks):
         r.marks = inputs.marks((fn, args, kwargs) if strict else args)
     if strict:
-        r.fn = own(fn) if type(fn) is partial else fn
-        r.args = [make_saved_tensor(a, False) if isinstance(a, _Tensor) else own(a) for a in args]
-        if kwargs:
-            r.kwargs = own(kwargs)
+        if options.partition is None:
+            r.fn = own(fn) if type(fn) is partial else fn
+            r.args = [make_saved_tensor(a, False) if isinstance(a, _Tensor) else own(a) for a in args]
+            if kwargs:
+                r.kwargs = own(kwargs)
+        else:
+            r.fn, r.args, r.kwargs = options.partition.own(fn, args, kwargs)
         r.buffers = buffers.watch(fn, args, kwargs)
     else:
         r.fn = fn

@@ -23,26 +23,27 @@ class Stream:
 
     def moved(self, state: Any) -> bool:
         """Whether anything was drawn since ``state`` was read."""
-        return not _same(self.get_state(), state)
+        return not same(self.get_state(), state)
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """Whether two states are the same, to the bit."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and torch.equal(a, b)
     if isinstance(a, (tuple, list)):
-        return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(v, b[k]) for k, v in a.items())
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(v, b[k]) for k, v in a.items())
     if hasattr(a, "tobytes"):  # numpy arrays, without importing numpy
         return hasattr(b, "tobytes") and a.tobytes() == b.tobytes()
     return bool(a == b)
 
 
 # Replaced, never changed in place: a thread that is recording sees either the old or the new tuple.
-_streams: tuple[Stream, ...] = ()
+_streams: tuple[Any, ...] = ()
 
 
-def registered() -> tuple[Stream, ...]:
+def registered() -> tuple[Any, ...]:
     """Every registered stream, in the order of registration."""
     return _streams
 
@@ -50,7 +51,7 @@ def registered() -> tuple[Stream, ...]:
 class Registration(contextlib.AbstractContextManager["Registration"]):
     """Handle of a registered stream: ``remove()`` it, or use it as a context manager."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def remove(self) -> None:
@@ -62,7 +63,12 @@ class Registration(contextlib.AbstractContextManager["Registration"]):
         self.remove()
 
 
-def _add(stream: Stream) -> Registration:
+def add(stream: Any) -> Registration:
+    """Stash and restore ``stream`` with every region from now on: a :class:`Stream`, or what looks like one.
+
+    Raises:
+        StreamError: the name is taken.
+    """
     global _streams
     if any(s.name == stream.name for s in _streams):
         raise StreamError(
@@ -92,7 +98,7 @@ def register(name: str, generator: torch.Generator) -> Registration:
             f"stream {name!r} is a {type(generator).__name__}, not a torch.Generator",
             fix="for another kind of source use rng.register_source(name, get_state, set_state)",
         )
-    return _add(Stream(name, generator.get_state, generator.set_state))
+    return add(Stream(name, generator.get_state, generator.set_state))
 
 
 def register_source(name: str, get_state: Callable[[], Any], set_state: Callable[[Any], Any]) -> Registration:
@@ -109,4 +115,4 @@ def register_source(name: str, get_state: Callable[[], Any], set_state: Callable
             f"source {name!r} needs two callables, get_state() and set_state(state)",
             fix='for example rng.register_source("python", random.getstate, random.setstate)',
         )
-    return _add(Stream(name, get_state, set_state))
+    return add(Stream(name, get_state, set_state))

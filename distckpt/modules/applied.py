@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distckpt import _torch
-from distckpt.engine.options import ContextFn, Options
+from distckpt.engine.options import ContextFn, Options, Partition
 from distckpt.modules.errors import AlreadyRegion, NeverCalled
 from distckpt.modules.forward import ModuleRegion, region_of
 from distckpt.modules.globs import select
@@ -64,6 +64,7 @@ def apply(
     debug: bool = False,
     early_stop: bool = True,
     respect_saved_tensors_hooks: bool | None = None,
+    partition: Partition | None = None,
 ) -> Applied:
     """Make modules of ``model`` regions, in place: each call of one is then a ``dc.checkpoint`` of its forward.
 
@@ -76,7 +77,7 @@ def apply(
             part, ``**`` crosses them; ``""`` is the model itself. A module that contains another chosen one makes
             nested regions. Containers that are never called (``ModuleList``) are passed over. Left out: the layers
             of a transformers model, also inside a peft or Lightning module.
-        preserve_rng_state, context_fn, determinism_check, debug, early_stop, respect_saved_tensors_hooks:
+        preserve_rng_state, context_fn, determinism_check, debug, early_stop, respect_saved_tensors_hooks, partition:
             as for ``dc.checkpoint``, the same for every chosen module.
 
     Returns:
@@ -101,6 +102,7 @@ def apply(
         "debug": debug,
         "early_stop": early_stop,
         "respect_saved_tensors_hooks": respect_saved_tensors_hooks,
+        "partition": partition,
     }
     chosen = choose(model, globs)
     for name, module in chosen:

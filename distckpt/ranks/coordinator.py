@@ -196,14 +196,32 @@ class Coordinator:
 
         return attach(self, schedule_or_stages, **options)
 
+    def streams(self, mesh: Any, seed: int, **options: Any) -> Any:
+        """See :func:`distckpt.ranks.streams.seed_streams`."""
+        from distckpt.ranks.streams import seed_streams
+
+        return seed_streams(mesh, seed, **options)
+
+    def check_streams(self) -> Any:
+        """See :func:`distckpt.ranks.stream_check.check_streams`."""
+        from distckpt.ranks.stream_check import check_streams
+
+        return check_streams()
+
+    def partition(self, group: Any, **options: Any) -> Any:
+        """See :class:`distckpt.ranks.partition.Partition`."""
+        from distckpt.ranks.partition import Partition
+
+        return Partition(group, **options)
+
     def state_dict(self) -> dict[str, Any]:
         """See :func:`distckpt.ranks.streams.state_dict`."""
         from distckpt.ranks.streams import state_dict
 
         return state_dict(self)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
         """See :func:`distckpt.ranks.streams.load_state_dict`."""
         from distckpt.ranks.streams import load_state_dict
 
-        load_state_dict(self, state)
+        load_state_dict(self, state, strict)

@@ -64,6 +64,18 @@ def test_devices_of_one_type_move_apart(target: Target) -> None:
     assert moved == [False, True] + [False] * (len(states) - 2)
 
 
+def test_a_seed_starts_the_draws_anew_on_one_device_only(target: Target) -> None:
+    device = target.devices[-1]
+    others = [(d, target.backend.rng_stash(d)) for d in target.devices[:-1]]
+    found = []
+    for seed in (2**62 + 5, 6, 2**62 + 5):
+        target.backend.rng_seed(device, seed)
+        found.append(target.draw(len(target.devices) - 1))
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+    assert not any(target.backend.rng_moved(d, state) for d, state in others)
+
+
 def test_a_stash_does_not_change_with_the_generator(target: Target) -> None:
     device = target.devices[0]
     state = target.backend.rng_stash(device)

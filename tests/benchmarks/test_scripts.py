@@ -50,6 +50,13 @@ def test_gpt_block_gives_equal_gradients() -> None:
     assert printed.count("| yes ") == 4
 
 
+def test_partitioned_inputs_give_equal_gradients_at_half_the_bytes() -> None:
+    printed = run("ranks_partition.py", "--rounds", "1", "--tokens", "64", "--no-write")
+    assert printed.count("| yes ") == 6
+    assert printed.count("| 0.50 ") == 2
+    assert printed.count("| 0.25 ") == 4
+
+
 def test_compose_reports_its_programs() -> None:
     printed = run("compose.py", "--engine", "compat", "--count", "10", "--no-write")
     assert "0 failures" in printed

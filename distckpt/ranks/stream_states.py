@@ -1,0 +1,196 @@
+"""The random states of all ranks as one value: what ``coord.state_dict()`` gives and ``load_state_dict()`` takes.
+
+Note [One value for all ranks]
+    ``torch.distributed.checkpoint`` takes equal keys of different ranks for copies and keeps one of them, so states
+    of ranks under one key would all become one rank's. A key per rank avoids that, but a job on another number of
+    ranks then fails on a missing key before anybody can say why. So every rank gathers the states of all and gives
+    the same value: whichever copy is kept, it holds every rank's. It is about 5 KB per rank, stream and device type
+    on which something was drawn (16 bytes on CUDA), and a few hundred bytes for a stream that nobody drew from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from typing import Any
+
+from distckpt.engine import streams as engine_streams
+from distckpt.engine.rng import Generator
+from distckpt.ranks import exchange
+from distckpt.ranks.streams_errors import UnsavableStream, WrongState
+from distckpt.ranks.switch import DEFAULT, Stream, generators, switch
+
+_VERSION = 1
+
+
+def state_dict(coordinator: Any = None) -> dict[str, Any]:
+    """The states of every random stream on every rank. A collective: every rank calls it.
+
+    Returns:
+        ``{"version": int, "world": int, "states": bytes}``, equal on all ranks; ``states`` is a pickle of one entry
+        per global rank: its default generators, named streams and registered generators and sources.
+
+    Raises:
+        UnsavableStream: on every rank, when the state of a source cannot be pickled on one (DC454).
+        StreamInUse: inside a block of a stream (DC451).
+    """
+    switch.refuse_inside("saved")
+    try:
+        mine: Any = pickle.dumps(_mine())
+    except UnsavableStream as error:
+        mine = error  # the others wait for this rank, so it must not raise alone
+    everyone = exchange.gather(mine)
+    failed = [(rank, found) for rank, found in enumerate(everyone) if isinstance(found, UnsavableStream)]
+    if failed:
+        rank, error = failed[0]
+        raise UnsavableStream(f"rank {rank}: {error.what}", why=error.why, fix=error.fix)
+    return {"version": _VERSION, "world": len(everyone), "states": pickle.dumps(everyone)}
+
+
+def _mine() -> dict[str, Any]:
+    keys = _keys()
+    registered: dict[str, Any] = {}
+    for source in _registered():
+        registered[source.name] = source.get_state()
+        try:
+            pickle.dumps(registered[source.name])
+        except Exception as error:
+            raise UnsavableStream(
+                f"the state of the registered random stream {source.name!r} cannot be pickled",
+                why=f"{type(error).__name__}: {error}",
+                fix="let get_state() return numbers, strings, tuples, tensors or arrays",
+            ) from error
+    named = {
+        name: (
+            stream.base,
+            stream.coordinates,
+            {k: stream.states[g.device] for k, g in keys.items() if g.device in stream.states},
+        )
+        for name, stream in switch.now.streams.items()
+        if name != DEFAULT
+    }
+    return {
+        "default": {key: g.get_state() for key, g in keys.items()},
+        "named": named,
+        "registered": registered,
+    }
+
+
+def _keys() -> dict[str, Generator]:
+    """Generators by device; without the index where a rank has one device: another launch may number them otherwise."""
+    found = generators()
+    types = [g.device.type for g in found]
+    return {g.device.type if types.count(g.device.type) == 1 else str(g.device): g for g in found}
+
+
+def _registered() -> list[Any]:
+    return [s for s in engine_streams.registered() if s is not switch]
+
+
+def load_state_dict(coordinator: Any, state: dict[str, Any], strict: bool = True) -> None:
+    """Put this global rank's states back. No communication; loads everything or, after an error, nothing.
+
+    Args:
+        coordinator: unused; the facade passes itself.
+        state: what :func:`state_dict` gave, on any rank.
+        strict: refuse a state of another number of ranks, of other streams or of another place in the mesh. With
+            False a named stream continues where the saved stream with its name, seed and coordinates stood, whatever
+            rank that was, and one without a counterpart begins at its seed; the default generators and the
+            registered streams of a rank that the saved job did not have stay as they are.
+
+    Raises:
+        WrongState: it does not fit, and why (DC455).
+        StreamInUse: inside a block of a stream (DC451).
+    """
+    switch.refuse_inside("loaded")
+    everyone = _open(state)
+    rank, world = exchange.rank(), exchange.world()
+    if strict and len(everyone) != world:
+        raise WrongState(
+            f"the random states are of {len(everyone)} ranks, and this job has {world}",
+            why="each rank has streams of its own; there is no exact continuation on another number of ranks",
+            fix="load with strict=False: streams continue by mesh coordinate, new ones begin at their seed",
+        )
+    mine = everyone[rank] if rank < len(everyone) else None
+    named = _named(everyone, mine, strict)
+    writes: list[tuple[Any, Any]] = []
+    if mine is not None:
+        keys = _keys()
+        _same_keys("default generators", mine["default"], keys, strict, rank)
+        writes += [(keys[key], value) for key, value in mine["default"].items() if key in keys]
+        sources = {s.name: s for s in _registered()}
+        _same_keys("registered random streams", mine["registered"], sources, strict, rank)
+        writes += [(sources[key], value) for key, value in mine["registered"].items() if key in sources]
+    before = [(target, target.get_state()) for target, _ in writes]
+    try:
+        for target, value in writes:
+            target.set_state(value)
+    except BaseException:
+        for target, value in before:
+            target.set_state(value)
+        raise
+    if named:
+        switch.put(named)
+
+
+def _open(state: Any) -> list[Any]:
+    try:
+        version, everyone = state["version"], pickle.loads(state["states"])
+    except Exception as error:
+        raise WrongState(
+            "this is not what coord.state_dict() returns",
+            why=f"{type(error).__name__}: {error}",
+            fix="pass the value that was saved, not a part of it",
+        ) from error
+    if version != _VERSION or state["world"] != len(everyone):
+        raise WrongState(
+            f"the random states have version {version}, and this distckpt reads version {_VERSION}",
+            fix="load them with the distckpt that saved them",
+        )
+    return [pickle.loads(one) for one in everyone]
+
+
+def _named(everyone: list[Any], mine: Any, strict: bool) -> dict[str, Stream]:
+    now = {name: s for name, s in switch.now.streams.items() if name != DEFAULT}
+    if strict:
+        assert mine is not None  # as many ranks as then
+        _same_keys("named streams", mine["named"], now, True, exchange.rank())
+    keys = _keys()
+    found: dict[str, Stream] = {}
+    for name, stream in now.items():
+        who = (stream.base, stream.coordinates)
+        candidates = [] if mine is None else [mine]
+        if strict and mine is not None and mine["named"][name][:2] != who:
+            base, at, _ = mine["named"][name]
+            raise WrongState(
+                f"stream {name!r} of rank {exchange.rank()} was saved with seed {base} at {dict(at)}, and has "
+                f"seed {stream.base} at {dict(stream.coordinates)} now",
+                why="the ranks stand at other places of the mesh than when the states were saved",
+                fix="make the mesh as it was, or load with strict=False, which goes by coordinates",
+            )
+        if not strict:
+            candidates += everyone
+        states = next((c["named"][name][2] for c in candidates if c["named"].get(name, ())[:2] == who), None)
+        fresh: dict[Any, Any] = {}
+        if states is not None:
+            _same_keys(f"devices of stream {name!r}", states, keys, strict, exchange.rank(), more=True)
+            fresh = {keys[key].device: value for key, value in states.items() if key in keys}
+        found[name] = dataclasses.replace(stream, states=fresh)
+    return found
+
+
+def _same_keys(what: str, saved: Any, now: Any, strict: bool, rank: int, more: bool = False) -> None:
+    missing, added = sorted(saved.keys() - now.keys()), sorted(now.keys() - saved.keys())
+    if strict and (missing or (added and not more)):
+        raise WrongState(
+            f"the {what} of rank {rank} are not those that were saved",
+            why="; ".join(
+                text
+                for text in (
+                    f"saved and not here: {', '.join(missing)}" if missing else "",
+                    f"here and not saved: {', '.join(added)}" if added and not more else "",
+                )
+                if text
+            ),
+            fix="use the same devices once, seed and register the same streams, then load; or strict=False",
+        )
