@@ -1,0 +1,107 @@
+"""Early: replays that are made while a gradient is on its way.
+
+Note [When]
+    A stage posts the receive of a gradient, waits, and runs the backward. Between posting and waiting the regions of
+    that micro-batch are replayed, the newest first, as the backward will come to them. That costs no time, since the
+    backward would have made the same replays after the wait; and no replay is made for any later backward, which
+    could delay the next one. Whatever order other computations have, the random generators are put back by
+    each replay, so a forward that comes between draws what it would have drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from distckpt.engine.region import Region, owner
+from distckpt.ranks.pipeline.order import Order
+from distckpt.ranks.pipeline.session import MicroBatch
+from distckpt.ranks.pipeline.stage import Stage
+
+
+class EarlyReplay:
+    """What happens in the waits of a schedule's step."""
+
+    def __init__(self, stages: dict[int, Stage], order: Order) -> None:
+        self.stages = stages
+        self.order = order
+
+    def wait(self, original: Callable[[Any], None], works: Any) -> None:
+        """``original(works)``, after the replays that fit in before it."""
+        if works:
+            self.replay_next()
+        original(works)
+
+    def replay_next(self) -> None:
+        """Replay for the backward that comes next, if its gradient is being received."""
+        coming = self.order.next_gradient()
+        if coming is None:
+            return
+        stage = self.stages[coming[0]]
+        session = stage.sessions.get(coming[1])
+        if session is not None and coming[1] in stage.posted:
+            stage.posted.discard(coming[1])  # once, however many works the wait is split into
+            if self.order.uses_values(*coming):
+                replay_ahead(stage, session)
+            else:
+                stage.report.lazy["the first stage uses the values in its weight half, which comes later"] += 1
+
+
+def replay_ahead(stage: Stage, session: MicroBatch) -> None:
+    """Replay the regions of ``session`` that may be, within the limit of the stage.
+
+    Raises:
+        CheckpointError: a replay does not match its forward.
+    """
+    units = stage.units()
+    late = stage.report.lazy
+    bytes_held = 0
+    stage.early = True
+    try:
+        for region in session.newest_first():
+            reason = _unsafe(region, units)
+            if reason is not None:
+                late[reason] += 1
+                continue
+            if stage.limit is not None:
+                size = stage.sizes.get(session.place(region))
+                if size is None:
+                    late["its size is not known before its first replay"] += 1
+                    continue
+                if bytes_held + size > stage.limit:
+                    late[f"more than {stage.limit} bytes ahead"] += 1
+                    continue
+            region.fill()
+            if stage.limit is not None:
+                bytes_held = session.held()
+                if bytes_held > stage.limit:  # larger than in any micro-batch before
+                    region.clear()
+                    bytes_held = session.held()
+                    late[f"more than {stage.limit} bytes ahead, seen after the replay"] += 1
+    finally:
+        stage.early = False
+    stage.report.ahead_bytes = max(stage.report.ahead_bytes, session.held())
+
+
+def _unsafe(region: Region, units: dict[torch.nn.Module, tuple[str, bool]]) -> str | None:
+    """Why a region must not be replayed outside of a backward, or None."""
+    if region.tie is not None:
+        return f"a compiler for {region.tie.backend.device_type} would merge it with the forward without its gradient"
+    if not units:
+        return None
+    module, through_hooks = owner(region)
+    if module is None:
+        return "a function that may call sharded units, which gather outside of a backward"
+    parts = set(module.modules())
+    inner = [name for unit, (name, _) in units.items() if unit in parts and (unit is not module or through_hooks)]
+    if inner:
+        return f"it calls the sharded unit {inner[0] or 'of the whole stage'!r}, which would gather outside of a backward"
+    closest: Any = None  # the innermost unit around a module has its parameters; units are listed outermost first
+    for unit, (name, gathered) in units.items():
+        if module in set(unit.modules()):
+            closest = name, gathered
+    if closest is not None and not closest[1]:
+        return f"the sharded unit {closest[0] or 'of the whole stage'!r} would gather outside of a backward"
+    return None
