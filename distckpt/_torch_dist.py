@@ -86,7 +86,7 @@ def micro_batches(schedule: Any) -> int:
 
 def custom_computations(schedule: Any) -> list[str]:
     """The computations for which somebody registered a function of their own (torch 2.10 and later)."""
-    return [str(kind) for kind in getattr(schedule, "_comp_type_to_function_map", ())]
+    return [kind.name for kind in getattr(schedule, "_comp_type_to_function_map", ())]
 
 
 def step_with(schedule: Any, wait: Callable[[Callable[[Any], None], Any], None]) -> Any:
@@ -112,14 +112,9 @@ def _names(code: types.CodeType, name: str) -> bool:
     )
 
 
-def weight_nodes(stage: Any, micro_batch: int) -> set[Any] | None:
-    """After the input half of a split backward: the nodes of its graph that the weight half runs a second time.
-
-    None when the stage did not split it (the first stage, or one that brings its own weight function).
-    """
-    state = stage.backward_state.get(micro_batch)
-    groups = state[1] if state is not None else None
-    return None if groups is None else {node for group in groups for node in group["intermediates"]}
+def stage_ends(stage: Any, micro_batch: int) -> tuple[Any, Any]:
+    """Outputs and inputs of the forward of ``micro_batch``, before its backward takes them."""
+    return stage.fwd_cache[micro_batch]
 
 
 def sharded_units(module: torch.nn.Module) -> dict[torch.nn.Module, tuple[str, bool]]:

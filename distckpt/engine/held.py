@@ -25,8 +25,10 @@ def storages(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
     """Key and bytes of every storage below ``tensor``; a wrapper subclass (DTensor) has those of its parts."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is not None:
-        for name in flatten()[0]:
-            yield from storages(getattr(tensor, name))
+        parts = (getattr(tensor, name) for name in flatten()[0])  # a mesh may be among them
+        for part in parts:
+            if isinstance(part, torch.Tensor):
+                yield from storages(part)
     else:
         yield storage_of(tensor)
 

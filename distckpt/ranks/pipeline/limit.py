@@ -31,13 +31,15 @@ def bytes_ahead(early_replay: bool, ahead: int | str | None) -> int | None:
         return 0
     if ahead is None or ahead == ONE:
         return None
-    if isinstance(ahead, int) and not isinstance(ahead, bool) and ahead >= 0:
+    if isinstance(ahead, int) and not isinstance(ahead, bool) and ahead > 0:
         return ahead
     size = _SIZE.fullmatch(ahead) if isinstance(ahead, str) else None
-    if size is None or size[2] not in _UNITS:
+    amount = int(float(size[1]) * _UNITS[size[2]]) if size is not None and size[2] in _UNITS else 0
+    if amount <= 0:
         raise BadAhead(
             f"ahead={ahead!r} is no amount that can be held ahead",
             why="a replay is only made early for the backward that comes next, which is of one micro-batch",
-            fix=f'give bytes (2**30), a size ("1.5 GiB", "800 MB"), or {ONE!r}, the default',
+            fix=f'give bytes (2**30), a size ("1.5 GiB", "800 MB"), or {ONE!r}, the default; '
+            "early_replay=False holds nothing ahead",
         )
-    return int(float(size[1]) * _UNITS[size[2]])
+    return amount

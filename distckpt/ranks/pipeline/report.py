@@ -19,7 +19,6 @@ class StageReport:
         kept: (micro-batch, region) that was a plain call, since its backward came next.
         ahead_bytes: most bytes that early replays held when a gradient was waited for.
         weight_bytes: most bytes that were kept between the input half and the weight half of a split backward.
-        dropped_bytes: bytes that the weight half does not need, freed when the input half was done.
         lazy: reasons why a replay waited for its gradient, with how often.
     """
 
@@ -29,7 +28,6 @@ class StageReport:
     kept: Counter[Key] = dataclasses.field(default_factory=Counter)
     ahead_bytes: int = 0
     weight_bytes: int = 0
-    dropped_bytes: int = 0
     lazy: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def __str__(self) -> str:

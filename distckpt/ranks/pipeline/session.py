@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from distckpt.engine.region import Region, describe
 from distckpt.engine.sessions import Session
 from distckpt.engine.slot import Slot
 from distckpt.engine.state import here
+from distckpt.ranks.pipeline.halves import Again
 
 if TYPE_CHECKING:
     from distckpt.ranks.pipeline.stage import Stage
@@ -31,7 +33,8 @@ class MicroBatch(Session):
         self.kept = 0  # outermost regions that were plain calls
         self.weight_bytes = 0
         self._keeping = False
-        self._asked: list[tuple[weakref.ref[Slot], Any]] | None = None
+        self._again: Again | None = None  # while the input half runs
+        self._used: tuple[Any, list[Slot]] = (None, [])
         self._last: list[weakref.ref[torch.Tensor]] = []
 
     def call(self, record: Any, fn: Any, args: Any, kwargs: Any, options: Any) -> Any:
@@ -66,8 +69,24 @@ class MicroBatch(Session):
         self.stage.replayed(self, region, place, _label(place, within, region.fn, region.options))
 
     def asked(self, slot: Slot) -> None:
-        if self._asked is not None:
-            self._asked.append((weakref.ref(slot), current_node()))
+        """In the input half: drop a value at its last use, as without a session.
+
+        A slot belongs to one node. A node that does not run again in the weight half is done with its values when
+        another node asks; it may ask twice for one.
+        """
+        if self._again is None:
+            return
+        node = current_node()
+        if node is not self._used[0]:
+            self._drop_used()
+            self._used = node, []
+        if node is not None and not self._again(node):
+            self._used[1].append(slot)
+
+    def _drop_used(self) -> None:
+        for slot in self._used[1]:
+            slot.value = None
+        self._used = None, []
 
     @property
     def outermost(self) -> int:
@@ -101,26 +120,15 @@ class MicroBatch(Session):
         """Bytes of recomputed values, parameters and inputs not counted."""
         return held(self.regions(), self.stage.fixed())
 
-    def begin_input_half(self) -> None:
-        self._asked = []
+    def begin_input_half(self, outputs: Iterable[Any], inputs: Iterable[Any]) -> None:
+        """The stage is about to take the gradients of its inputs only."""
+        self._again = Again(outputs, inputs, self.stage.stage.submod.parameters())
 
-    def end_input_half(self, again: set[Any] | None) -> None:
-        """Drop what the input half used and the weight half will not; ``again`` are the nodes that run twice.
-
-        A slot belongs to one node. A node that ran for the input gradients runs again only if it is one of those
-        that torch starts the weight half from, so a value of any other was used for the last time.
-        """
-        asked, self._asked = self._asked, None
-        if again is None:
-            return  # the first stage: nothing ran yet
-        before = self.held()
-        for ref, node in asked or ():
-            slot = ref()
-            if slot is not None and node is not None and node not in again:
-                slot.value = None
-        asked = None
+    def end_input_half(self) -> None:
+        """Count what the weight half needs."""
+        self._drop_used()
+        self._again = None
         self.weight_bytes = self.held()
-        self.stage.report.dropped_bytes += before - self.weight_bytes
 
 
 def _label(place: int, within: int, fn: Any, options: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from distckpt._torch_dist import BACKWARD, FORWARD, INPUT_BACKWARD, WEIGHT_BACKWARD, sharded_units, weight_nodes
+from distckpt._torch_dist import BACKWARD, FORWARD, INPUT_BACKWARD, WEIGHT_BACKWARD, sharded_units, stage_ends
 from distckpt.engine.held import held
 from distckpt.engine.region import Region
 from distckpt.ranks.pipeline.order import Order
@@ -107,7 +107,7 @@ class Stage:
             return original(index, *args, **kwargs)
         whole = full or self.stage.dw_builder is not None  # a weight function of the stage's own needs no graph
         if not whole:
-            session.begin_input_half()
+            session.begin_input_half(*stage_ends(self.stage, index))
         try:
             out = original(index, *args, **kwargs)
         except BaseException:
@@ -116,7 +116,7 @@ class Stage:
         if whole:
             self._close(index)
         else:
-            session.end_input_half(weight_nodes(self.stage, index))
+            session.end_input_half()
             waiting = sum(s.weight_bytes for s in self.sessions.values())
             self.report.weight_bytes = max(self.report.weight_bytes, waiting)
         return out

@@ -28,12 +28,12 @@ SCHEDULES = {**SINGLE, **LOOPED, **FOLDED}
 class Block(nn.Module):
     """Three linears, a norm and dropout; counts its executions."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 2 * WIDTH)
-        self.mix = nn.Linear(2 * WIDTH, 2 * WIDTH)
-        self.down = nn.Linear(2 * WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.mix = nn.Linear(2 * width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
         self.runs = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -44,9 +44,9 @@ class Block(nn.Module):
 
 
 class Part(nn.Module):
-    def __init__(self, blocks: int = BLOCKS) -> None:
+    def __init__(self, blocks: int = BLOCKS, width: int = WIDTH) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -80,9 +80,9 @@ def pipeline(name: str, count: int, make: Any = Part, group: Any = None, kinds: 
     return kinds[name](given, count, loss_fn=loss_of), dict(zip(mine, stages, strict=True))
 
 
-def batch(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(count: int, rows: int = ROWS, width: int = WIDTH) -> tuple[torch.Tensor, torch.Tensor]:
     made = torch.Generator().manual_seed(7)
-    return torch.randn(ROWS * count, WIDTH, generator=made), torch.randn(ROWS * count, WIDTH, generator=made)
+    return torch.randn(rows * count, width, generator=made), torch.randn(rows * count, width, generator=made)
 
 
 def step(schedule: Any, stages: dict[int, Any], count: int) -> list[torch.Tensor]:
@@ -106,7 +106,8 @@ def results(schedule: Any, stages: dict[int, Any], count: int, steps: int) -> li
                 block.runs = 0
         found += step(schedule, stages, count)
     for stage in stages.values():
-        found += [p.grad.clone() for p in stage.submod.parameters()]
+        grads = [p.grad for p in stage.submod.parameters()]
+        found += [g.to_local().clone() if hasattr(g, "to_local") else g.clone() for g in grads]
     return [*found, torch.get_rng_state()]
 
 
@@ -123,7 +124,6 @@ def told(handle: Any) -> dict[int, Any]:
             "kept": [[mb, region, n] for (mb, region), n in sorted(r.kept.items())],
             "ahead_bytes": r.ahead_bytes,
             "weight_bytes": r.weight_bytes,
-            "dropped_bytes": r.dropped_bytes,
             "lazy": dict(r.lazy),
         }
         for index, r in handle.report().items()
