@@ -57,7 +57,7 @@ def replay_ahead(stage: Stage, session: MicroBatch) -> None:
     """
     units = stage.units()
     late = stage.report.lazy
-    bytes_held = 0
+    room = stage.room(session)
     stage.early = True
     try:
         for region in session.newest_first():
@@ -65,21 +65,18 @@ def replay_ahead(stage: Stage, session: MicroBatch) -> None:
             if reason is not None:
                 late[reason] += 1
                 continue
-            if stage.limit is not None:
+            if room is not None:
                 size = stage.sizes.get(session.place(region))
                 if size is None:
                     late["its size is not known before its first replay"] += 1
                     continue
-                if bytes_held + size > stage.limit:
+                if session.held() + size > room:
                     late[f"more than {stage.limit} bytes ahead"] += 1
                     continue
             region.fill()
-            if stage.limit is not None:
-                bytes_held = session.held()
-                if bytes_held > stage.limit:  # larger than in any micro-batch before
-                    region.clear()
-                    bytes_held = session.held()
-                    late[f"more than {stage.limit} bytes ahead, seen after the replay"] += 1
+            if room is not None and session.held() > room:  # larger than in any micro-batch before
+                region.clear()
+                late[f"more than {stage.limit} bytes ahead, seen after the replay"] += 1
     finally:
         stage.early = False
     stage.report.ahead_bytes = max(stage.report.ahead_bytes, session.held())

@@ -163,6 +163,13 @@ class Stage:
         sizes = [self.group_size(p) for p in range(place, last + 1)]
         return all(s is not None for s in sizes) and sum(s or 0 for s in sizes) <= self.limit
 
+    def room(self, session: MicroBatch) -> int | None:
+        """Bytes that may be replayed ahead for ``session``, beside what it keeps already; None without a limit."""
+        if self.limit is None:
+            return None
+        kept = range(len(session.groups), session.outermost)
+        return self.limit - sum(self.group_size(place) or 0 for place in kept)
+
     def group_size(self, place: int) -> int | None:
         """Bytes of an outermost region and those inside it, if every one was seen."""
         sizes = [size for (at, _), size in self.sizes.items() if at == place]

@@ -90,6 +90,26 @@ def after_first_step(schedule: Any, stages: dict[int, Any]) -> list[torch.Tensor
     return found + [b.clone() for s in stages.values() for b in s.submod.buffers()]
 
 
+class Tied(nn.Module):
+    """One weight in two places. (Torch's split backward fails when other weights lie between them.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(WIDTH, WIDTH)
+        self.runs = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mix(nn.functional.dropout(self.mix(x), 0.1).tanh())
+
+
+class Frozen(Stack):
+    """The first block has no gradients to compute."""
+
+    def __init__(self) -> None:
+        super().__init__(Block)
+        self.blocks[0].requires_grad_(False)
+
+
 def attached(name: str, make: Any, glob: str = "blocks.*", **options: Any) -> dict[str, Any]:
     expected = after_first_step(*pipeline(name, COUNT, make))
     schedule, stages = pipeline(name, COUNT, make)
@@ -252,6 +272,8 @@ def main() -> None:
         "nested, split": attached("InterleavedZeroBubble", lambda: Stack(Nested)),
         "nested, limited": attached("GPipe", lambda: Stack(Nested), ahead="5 KiB"),
         "growing": attached("GPipe", lambda: Stack(Growing), ahead=20_000),
+        "tied, split": attached("InterleavedZeroBubble", lambda: Stack(Tied)),
+        "frozen, split": attached("InterleavedZeroBubble", Frozen),
         "evaluation": evaluation(),
         "stages alone": stages_alone(),
         "removed": removed(),
