@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 
-from tests.ranks.jobs.pipeline import BLOCKS, FOLDED, MODES, SCHEDULES, SINGLE
+from tests.ranks.jobs.pipeline import BLOCKS, FOLDED, MODES, OLD, SCHEDULES, SINGLE
 from tests.ranks.spawn import run_ranks
 
 REGION = 3104  # bytes that one block's replay makes, and 1312 of them are inputs of its weights
 FOR_WEIGHTS = 1312
-SPLIT = ("InterleavedZeroBubble", "ZBVZeroBubble")
+# Torch 2.9 waits for gradients of this schedule in a step of their own, before other work.
+WAITS = [name for name in SCHEDULES if not (OLD and name == "InterleavedZeroBubble")]
+SPLIT = [name for name in ("InterleavedZeroBubble", "ZBVZeroBubble") if name in SCHEDULES]
 Found = tuple[int, str, dict[str, Any]]
 
 _findings: dict[int, list[Any]] = {}
@@ -76,7 +78,7 @@ def test_no_session_is_left_after_a_step(world: int, schedule: str, mode: str) -
     assert [case["open"] for case in cases(world, schedule, mode)] == [0] * world
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", WAITS)
 def test_every_replay_before_a_gradient_from_another_rank_is_early(world: int, schedule: str) -> None:
     for index, report in stages(world, schedule, "early").items():
         last = index == max(stages(world, schedule, "early"))
@@ -89,7 +91,7 @@ def test_every_replay_before_a_gradient_from_another_rank_is_early(world: int, s
             assert report["lazy"] == {}
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", WAITS)
 def test_no_more_bytes_are_held_ahead_than_stated(world: int, schedule: str) -> None:
     for report in stages(world, schedule, "one region ahead").values():
         assert report["ahead_bytes"] == (REGION if report["early"] else 0)
