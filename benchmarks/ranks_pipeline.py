@@ -69,7 +69,7 @@ class _Sleep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         time.sleep(2 * ctx.seconds)
-        ctx.saved_tensors  # noqa: B018: what makes a region replay
+        assert ctx.saved_tensors is not None  # asking is what makes a region replay
         return grads[0], grads[0].sum(), None
 
 
@@ -98,7 +98,7 @@ class Ask(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        ctx.saved_tensors  # noqa: B018
+        assert ctx.saved_tensors is not None
         return grads[0]
 
 
@@ -124,14 +124,18 @@ def loss_of(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 class Pipeline:
     """A schedule on this rank, with a step to run."""
 
-    def __init__(self, name: str, count: int, make: Callable[[], nn.Module], blocks: int, shape: tuple[int, int]) -> None:
+    def __init__(
+        self, name: str, count: int, make: Callable[[], nn.Module], blocks: int, shape: tuple[int, int]
+    ) -> None:
         rank, world = dist.get_rank(), dist.get_world_size()
         self.total = world if name in SINGLE else 2 * world
         other = self.total - 1 - rank if name in FOLDED else rank + world
         mine = [rank] if name in SINGLE else [rank, other]
         torch.manual_seed(rank)
         self.parts = {i: Part(make, blocks) for i in mine}
-        stages = [pp.PipelineStage(part, i, self.total, torch.device("cpu")) for i, part in self.parts.items()]
+        stages = [
+            pp.PipelineStage(part, i, self.total, torch.device("cpu")) for i, part in self.parts.items()
+        ]
         given: Any = stages[0] if name in SINGLE else stages
         self.schedule = SCHEDULES[name](given, count, loss_fn=loss_of)
         self.count = count
@@ -231,7 +235,12 @@ def waits(rounds: int) -> list[dict[str, Any]]:
     rows = []
     for count in (4, 8):
         pipe = Pipeline("1F1B", count, lambda: Block(256), 4, (128, 256))
-        rows.append({"micro_batches": count, "engines": measure(pipe, ["none", "alone", "after", "early only", "early"], rounds)})
+        rows.append(
+            {
+                "micro_batches": count,
+                "engines": measure(pipe, ["none", "alone", "after", "early only", "early"], rounds),
+            }
+        )
     return rows
 
 
@@ -241,7 +250,12 @@ def sleep(rounds: int, seconds: float) -> list[dict[str, Any]]:
     world = dist.get_world_size()
     for count in (2 * world, 4 * world):
         pipe = Pipeline("1F1B", count, lambda: Sleeps(seconds), 2, (1, 4))
-        rows.append({"micro_batches": count, "engines": measure(pipe, ["none", "alone", "after", "early only", "early"], rounds)})
+        rows.append(
+            {
+                "micro_batches": count,
+                "engines": measure(pipe, ["none", "alone", "after", "early only", "early"], rounds),
+            }
+        )
     return rows
 
 

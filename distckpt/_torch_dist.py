@@ -98,7 +98,11 @@ def step_with(schedule: Any, wait: Callable[[Callable[[Any], None], Any], None])
     """
     step = type(schedule)._step_microbatches
     original = step.__globals__.get("_wait_batch_p2p")
-    if original is None or "_step_microbatches" in schedule.__dict__ or not _names(step.__code__, "_wait_batch_p2p"):
+    if (
+        original is None
+        or "_step_microbatches" in schedule.__dict__
+        or not _names(step.__code__, "_wait_batch_p2p")
+    ):
         return None
     names = {**step.__globals__, "_wait_batch_p2p": lambda works: wait(original, works)}
     again = types.FunctionType(step.__code__, names, step.__name__, step.__defaults__, step.__closure__)
@@ -118,15 +122,21 @@ def stage_ends(stage: Any, micro_batch: int) -> tuple[Any, Any]:
 
 
 def sharded_units(module: torch.nn.Module) -> dict[torch.nn.Module, tuple[str, bool]]:
-    """The units of FSDP2 in ``module``: their names, and whether their parameters are gathered now."""
-    from torch.distributed.fsdp import FSDPModule
+    """The units of FSDP in ``module``, outermost first: their names, and whether their parameters are gathered now.
+
+    Of FSDP1 that is never said: it frees memory that its parameters still name.
+    """
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     found: dict[torch.nn.Module, tuple[str, bool]] = {}
     for name, part in module.named_modules():
-        if isinstance(part, FSDPModule):
-            state = part._get_fsdp_state()
-            groups = getattr(state, "_fsdp_param_groups", None)  # one group at most before 2.12
-            if groups is None:
+        unit: Any = part
+        if isinstance(unit, FSDPModule):
+            state: Any = unit._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None)
+            if groups is None:  # torch before 2.12: one group, or none for a unit without parameters
                 groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
             found[part] = name, all(group.is_unsharded for group in groups)
+        elif isinstance(unit, FullyShardedDataParallel):
+            found[part] = name, False
     return found

@@ -59,4 +59,8 @@ def held(regions: Iterable[Region], known: Iterable[torch.Tensor] = ()) -> int:
 
 
 def _inputs(region: Region) -> list[Any]:
-    return [give_back(region.args, "args"), give_back(region.kwargs, "kwargs"), give_back(region.fn, "function")]
+    return [
+        give_back(region.args, "args"),
+        give_back(region.kwargs, "kwargs"),
+        give_back(region.fn, "function"),
+    ]

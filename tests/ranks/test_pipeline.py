@@ -63,9 +63,7 @@ def test_every_region_is_replayed_once_for_a_micro_batch_or_kept(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_block_runs_twice_for_a_micro_batch_or_once_when_kept(
-    world: int, schedule: str, mode: str
-) -> None:
+def test_a_block_runs_twice_for_a_micro_batch_or_once_when_kept(world: int, schedule: str, mode: str) -> None:
     for case in cases(world, schedule, mode):
         for index, runs in case["runs"].items():
             kept = count(case["report"][index]["kept"])
@@ -82,7 +80,9 @@ def test_no_session_is_left_after_a_step(world: int, schedule: str, mode: str) -
 def test_every_replay_before_a_gradient_from_another_rank_is_early(world: int, schedule: str) -> None:
     for index, report in stages(world, schedule, "early").items():
         last = index == max(stages(world, schedule, "early"))
-        neighbour_here = schedule in FOLDED and index == world - 1  # its gradient comes from the next stage, here
+        neighbour_here = (
+            schedule in FOLDED and index == world - 1
+        )  # its gradient comes from the next stage, here
         if last or neighbour_here:
             assert report["early"] == []
         else:

@@ -82,7 +82,9 @@ def test_a_step_without_backward_has_no_sessions_and_no_replays(found: list[Any]
         assert (rank["evaluation"]["replays"], rank["evaluation"]["open"]) == (0, 0)
     for report in reports(found, "evaluation"):
         assert (report["replays"], report["kept"]) == ([], [])
-    assert all(count(r["replays"]) + count(r["kept"]) == 2 * COUNT for r in reports(found, "evaluation", "after"))
+    assert all(
+        count(r["replays"]) + count(r["kept"]) == 2 * COUNT for r in reports(found, "evaluation", "after")
+    )
 
 
 def test_stages_without_their_schedule_share_a_replay_but_are_never_early(found: list[Any]) -> None:

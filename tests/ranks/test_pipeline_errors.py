@@ -42,7 +42,9 @@ def made(kind: Any = pp.ScheduleInterleaved1F1B) -> tuple[Any, list[Any]]:
 
 
 def state(schedule: Any, stages: list[Any]) -> list[set[str]]:
-    return [set(vars(thing)) for thing in (schedule, *stages, *(m for s in stages for m in s.submod.modules()))]
+    return [
+        set(vars(thing)) for thing in (schedule, *stages, *(m for s in stages for m in s.submod.modules()))
+    ]
 
 
 def refused(error: type[BaseException], schedule: Any, stages: list[Any], *args: Any, **options: Any) -> Any:
@@ -67,7 +69,9 @@ def test_what_is_neither_a_schedule_nor_stages_is_refused(given: Any) -> None:
     assert refused(UnknownSchedule, schedule, stages, given).code == "DC430"
 
 
-@pytest.mark.parametrize("again", [lambda s, st: s, lambda s, st: st, lambda s, st: st[1]], ids=["schedule", "stages", "one"])
+@pytest.mark.parametrize(
+    "again", [lambda s, st: s, lambda s, st: st, lambda s, st: st[1]], ids=["schedule", "stages", "one"]
+)
 def test_attaching_twice_is_refused(again: Callable[[Any, Any], Any]) -> None:
     schedule, stages = made()
     with Coordinator().attach(schedule):
@@ -93,7 +97,10 @@ def test_a_glob_that_matches_nothing_in_a_later_stage_takes_the_earlier_ones_off
 def test_a_stage_may_have_no_regions() -> None:
     schedule, stages = made()
     with Coordinator().attach(schedule, plan={0: ["blocks.0", "blocks.1"], 1: []}):
-        assert [["forward" in vars(b) for b in s.submod.blocks] for s in stages] == [[True, True], [False, False]]
+        assert [["forward" in vars(b) for b in s.submod.blocks] for s in stages] == [
+            [True, True],
+            [False, False],
+        ]
 
 
 @pytest.mark.parametrize("ahead", [0, -1, True, 1.5, "1", "two", "3 micro-batches", "1 XiB", "0 GiB", "GiB"])

@@ -56,5 +56,5 @@ def test_a_region_that_calls_sharded_units_is_never_early_and_says_why(found: li
         report = rank["around units"]["report"]["0"]
         assert report["early"] == []
         assert report["lazy"] == {
-            "it calls the sharded unit 'part.blocks.0', which would gather outside of a backward": 4
+            "it calls the sharded unit 'part.blocks.0' which would gather outside of a backward": 4
         }

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import _backward
 
+from distckpt._torch_dist import sharded_units
+from distckpt.ranks.pipeline.early import unsafe
 from distckpt.ranks.pipeline.halves import Again
 from distckpt.ranks.pipeline.limit import bytes_ahead
 from distckpt.ranks.pipeline.order import Order, gpipe, one_forward_one_backward
@@ -109,3 +114,48 @@ def test_a_weight_in_two_places_makes_every_node_between_them_run_again() -> Non
     middle = (x @ weight).tanh()
     assert Again([middle @ weight], [x], [weight])(middle.grad_fn)
     assert not Again([middle], [x], [weight])(middle.grad_fn)
+
+
+def region(fn: Any = None, tie: Any = None) -> Any:
+    return SimpleNamespace(fn=fn, tie=tie)
+
+
+def test_a_region_on_a_deferred_device_is_not_replayed_without_its_gradient() -> None:
+    tie = SimpleNamespace(backend=SimpleNamespace(device_type="xla"))
+    assert "xla would merge" in str(unsafe(region(tie=tie), {}))
+    assert unsafe(region(), {}) is None
+
+
+def test_a_function_is_not_replayed_early_where_units_are_sharded() -> None:
+    part = Part()
+    units: Any = {part.blocks[1]: ("blocks.1", True)}
+    assert "a function that may call sharded units" in str(unsafe(region(lambda x: x), units))
+    assert unsafe(region(part.blocks[0].forward), units) is None
+    assert unsafe(region(part.blocks[1].forward), units) is None
+    assert "calls the sharded unit 'blocks.1'" in str(unsafe(region(part.blocks[1]), units))
+    assert "calls the sharded unit 'blocks.1'" in str(unsafe(region(part.forward), units))
+
+
+def test_the_innermost_unit_around_a_region_must_be_gathered() -> None:
+    part = Part()
+    for inner in (True, False):
+        units: Any = {part: ("", not inner), part.blocks[0]: ("blocks.0", inner)}
+        assert (unsafe(region(part.blocks[0].norm.forward), units) is None) == inner
+    assert "the whole stage" in str(unsafe(region(part.blocks[1].forward), {part: ("", False)}))
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_unit_of_fsdp1_never_counts_as_gathered(group: None) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = nn.Sequential(
+        FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu")), nn.Linear(2, 2)
+    )
+    assert list(sharded_units(model).values()) == [("0", False)]

@@ -120,7 +120,7 @@ def attach(
         raise
     for stage in hooked.values():
         stage.attach()
-    if step is not None:
+    if schedule is not None and step is not None:
         schedule._step_microbatches = step
     return Attached(schedule, hooked, applied, early_replay, step is not None)
 
@@ -143,7 +143,11 @@ def _check_plan(plan: Mapping[int, Any], count: int) -> None:
     missing = sorted(set(range(count)) - set(plan))
     extra = sorted(set(plan) - set(range(count)), key=str)
     if missing or extra:
-        what = f"stage {missing[0]} is missing from the plan" if missing else f"the plan has a stage {extra[0]!r}"
+        what = (
+            f"stage {missing[0]} is missing from the plan"
+            if missing
+            else f"the plan has a stage {extra[0]!r}"
+        )
         raise StageNotInPlan(
             what,
             where=f"plan for stages {', '.join(map(str, plan))}",

@@ -46,7 +46,9 @@ class EarlyReplay:
             if self.order.uses_values(*coming):
                 replay_ahead(stage, session)
             else:
-                stage.report.lazy["the first stage uses the values in its weight half, which comes later"] += 1
+                stage.report.lazy[
+                    "the first stage uses the values in its weight half, which comes later"
+                ] += 1
 
 
 def replay_ahead(stage: Stage, session: MicroBatch) -> None:
@@ -61,7 +63,7 @@ def replay_ahead(stage: Stage, session: MicroBatch) -> None:
     stage.early = True
     try:
         for region in session.newest_first():
-            reason = _unsafe(region, units)
+            reason = unsafe(region, units)
             if reason is not None:
                 late[reason] += 1
                 continue
@@ -82,7 +84,7 @@ def replay_ahead(stage: Stage, session: MicroBatch) -> None:
     stage.report.ahead_bytes = max(stage.report.ahead_bytes, session.held())
 
 
-def _unsafe(region: Region, units: dict[torch.nn.Module, tuple[str, bool]]) -> str | None:
+def unsafe(region: Region, units: dict[torch.nn.Module, tuple[str, bool]]) -> str | None:
     """Why a region must not be replayed outside of a backward, or None."""
     if region.tie is not None:
         return f"a compiler for {region.tie.backend.device_type} would merge it with the forward without its gradient"
@@ -92,13 +94,11 @@ def _unsafe(region: Region, units: dict[torch.nn.Module, tuple[str, bool]]) -> s
     if module is None:
         return "a function that may call sharded units, which gather outside of a backward"
     parts = set(module.modules())
-    inner = [name for unit, (name, _) in units.items() if unit in parts and (unit is not module or through_hooks)]
-    if inner:
-        return f"it calls the sharded unit {inner[0] or 'of the whole stage'!r}, which would gather outside of a backward"
-    closest: Any = None  # the innermost unit around a module has its parameters; units are listed outermost first
+    closest = None  # the innermost unit around a module has its parameters; units are listed outermost first
     for unit, (name, gathered) in units.items():
+        label = f"the sharded unit {name!r}" if name else "the whole stage, a sharded unit,"
+        if unit in parts and (unit is not module or through_hooks):
+            return f"it calls {label} which would gather outside of a backward"
         if module in set(unit.modules()):
-            closest = name, gathered
-    if closest is not None and not closest[1]:
-        return f"the sharded unit {closest[0] or 'of the whole stage'!r} would gather outside of a backward"
-    return None
+            closest = None if gathered else f"{label} would gather outside of a backward"
+    return closest

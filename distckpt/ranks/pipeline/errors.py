@@ -1,4 +1,4 @@
-"""Errors of the pipeline room (DC430 to DC449)."""
+"""Errors of the pipeline room (DC43x)."""
 
 from __future__ import annotations
 

@@ -20,7 +20,9 @@ import torch
 class Again:
     """Tells of a node that runs in the input half whether it runs again in the weight half."""
 
-    def __init__(self, outputs: Iterable[Any], inputs: Iterable[Any], weights: Iterable[torch.Tensor]) -> None:
+    def __init__(
+        self, outputs: Iterable[Any], inputs: Iterable[Any], weights: Iterable[torch.Tensor]
+    ) -> None:
         roots = [t.grad_fn for t in outputs if isinstance(t, torch.Tensor) and t.grad_fn is not None]
         ends = {id(t): (True, False) for t in inputs} | {id(t): (False, True) for t in weights}
         reached = _reached(roots, ends)

@@ -76,7 +76,9 @@ def order_of(schedule: Any) -> Order:
     stage = schedule_stages(schedule)[0]
     count = micro_batches(schedule)
     make = gpipe if kind == "gpipe" else one_forward_one_backward
-    return Order((what, stage.stage_index, i) for what, i in make(stage.num_stages - stage.stage_index, count))
+    return Order(
+        (what, stage.stage_index, i) for what, i in make(stage.num_stages - stage.stage_index, count)
+    )
 
 
 def gpipe(_to_the_end: int, count: int) -> list[tuple[str, int]]:

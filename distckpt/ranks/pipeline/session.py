@@ -29,7 +29,9 @@ class MicroBatch(Session):
         self.stage = stage
         self.index = index
         self.consumed_now = consumed_now  # its whole backward comes right after this forward
-        self.groups: list[list[weakref.ref[Region]]] = []  # an outermost region, then those recorded inside it
+        self.groups: list[
+            list[weakref.ref[Region]]
+        ] = []  # an outermost region, then those recorded inside it
         self.kept = 0  # outermost regions that were plain calls
         self.weight_bytes = 0
         self._keeping = False

@@ -36,7 +36,9 @@ class Stage:
         self.limit = limit
         self.sessions: dict[int, MicroBatch] = {}
         self.posted: set[int] = set()  # micro-batches whose gradient is being received
-        self.sizes: dict[tuple[int, int], int] = {}  # bytes of a region's values, by its place; kept over steps
+        self.sizes: dict[
+            tuple[int, int], int
+        ] = {}  # bytes of a region's values, by its place; kept over steps
         self.outermost: int | None = None  # outermost regions of one forward
         self.ends_with_region = False
         self.early = False
@@ -105,7 +107,9 @@ class Stage:
         session = self.sessions.get(index)
         if session is None:
             return original(index, *args, **kwargs)
-        whole = full or self.stage.dw_builder is not None  # a weight function of the stage's own needs no graph
+        whole = (
+            full or self.stage.dw_builder is not None
+        )  # a weight function of the stage's own needs no graph
         if not whole:
             session.begin_input_half(*stage_ends(self.stage, index))
         try:

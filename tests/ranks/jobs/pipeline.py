@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import pipelining as pp
 
-import distckpt as dc
 from distckpt.ranks import Coordinator
 from tests.ranks.spawn import leave, report
 
@@ -21,7 +20,10 @@ LOOPED = {
     "LoopedBFS": pp.ScheduleLoopedBFS,
     "InterleavedZeroBubble": pp.ScheduleInterleavedZeroBubble,
 }
-FOLDED: dict[str, Any] = {"ZBVZeroBubble": pp.ScheduleZBVZeroBubble, "DualPipeV": pp.schedules.ScheduleDualPipeV}
+FOLDED: dict[str, Any] = {
+    "ZBVZeroBubble": pp.ScheduleZBVZeroBubble,
+    "DualPipeV": pp.schedules.ScheduleDualPipeV,
+}
 OLD = torch.__version__.startswith("2.9")
 if OLD:  # its ZBV sends to its own rank, which gloo cannot
     del FOLDED["ZBVZeroBubble"]
@@ -70,7 +72,9 @@ def places(name: str, rank: int, world: int) -> tuple[list[int], int]:
     return [rank, rank + world], 2 * world
 
 
-def pipeline(name: str, count: int, make: Any = Part, group: Any = None, kinds: Any = SCHEDULES) -> tuple[Any, dict[int, Any]]:
+def pipeline(
+    name: str, count: int, make: Any = Part, group: Any = None, kinds: Any = SCHEDULES
+) -> tuple[Any, dict[int, Any]]:
     """A schedule of ``count`` micro-batches and this rank's stages, with parameters that depend on the stage only."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     mine, total = places(name, rank, world)
@@ -150,7 +154,7 @@ def case(name: str, count: int, modes: dict[str, dict[str, Any]] = MODES) -> dic
     for mode, options in modes.items():
         schedule, stages = pipeline(name, count)
         total = next(iter(stages.values())).num_stages
-        plan = {index: "blocks.*" for index in range(total)}
+        plan = dict.fromkeys(range(total), "blocks.*")
         with Coordinator().attach(schedule, plan=plan, **options) as handle:
             same = equal(plain, results(schedule, stages, count, steps=2))
             runs = {i: [b.runs for b in s.submod.blocks] for i, s in stages.items()}

@@ -19,11 +19,16 @@ from tests.ranks.jobs.pipeline import Part, batch, pipeline
 from tests.ranks.spawn import ROOT, leave, report
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from livebytes import peak_of  # noqa: E402
+from livebytes import peak_of
 
 COUNT, BLOCKS, ROWS, WIDTH = 3, 3, 64, 64
 LIMIT = 250_000  # one block's recomputed values, not two
-OPTIONS: dict[str, Any] = {"alone": None, "lazy": {"early_replay": False}, "early": {}, "limited": {"ahead": LIMIT}}
+OPTIONS: dict[str, Any] = {
+    "alone": None,
+    "lazy": {"early_replay": False},
+    "early": {},
+    "limited": {"ahead": LIMIT},
+}
 
 
 def peak(options: dict[str, Any] | None, blocks: int = BLOCKS) -> dict[str, Any]:
