@@ -297,7 +297,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.005, help="of one block that sleeps")
-    parser.add_argument("--dry", action="store_true", help="write no file")
+    parser.add_argument("--no-write", action="store_true", help="write no file")
     options = parser.parse_args()
     command = "python benchmarks/ranks_pipeline.py " + options.part
     if options.part == "sleep":
@@ -308,7 +308,7 @@ def main() -> int:
     for row in rows:
         row["ranks"] = options.ranks
     print(show(rows))
-    if not options.dry:
+    if not options.no_write:
         name = f"ranks_pipeline-{options.part}"
         path = RESULTS / f"{name}.json"
         kept = json.loads(path.read_text())["rows"] if path.exists() else []

@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -53,6 +56,28 @@ def test_gpt_block_gives_equal_gradients() -> None:
 def test_compose_reports_its_programs() -> None:
     printed = run("compose.py", "--engine", "compat", "--count", "10", "--no-write")
     assert "0 failures" in printed
+
+
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.9"), reason="torch 2.9 cannot run all schedules over gloo"
+)
+def test_pipelines_run_a_block_twice_where_torchs_engine_runs_it_six_times() -> None:
+    printed = run("ranks_pipeline.py", "schedules", "--rounds", "1", "--no-write")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
+    runs = {(row[0], row[1]): row[3] for row in rows if len(row) == 5}
+    for schedule in ("InterleavedZeroBubble", "ZBVZeroBubble"):
+        assert runs[schedule, "torch"] == "2 to 6"
+        assert runs[schedule, "early"] == "2"
+    assert runs["1F1B", "torch"] == "2"
+    assert runs["1F1B", "early"] == "1 to 2"
+
+
+def test_pipelines_that_sleep_replay_early() -> None:
+    printed = run("ranks_pipeline.py", "sleep", "--rounds", "1", "--seconds", "0", "--no-write")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
+    early = {(row[0], row[1]): row[4] for row in rows if len(row) == 5}
+    assert early["2 ranks, 4 micro-batches", "early"] == "8"
+    assert early["2 ranks, 4 micro-batches", "after"] == "0"
 
 
 def test_the_benchmark_page_is_what_the_result_files_say() -> None:
