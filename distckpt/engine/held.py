@@ -9,6 +9,7 @@ Note [What is counted]
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,25 +34,26 @@ def storages(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
         yield storage_of(tensor)
 
 
-def _keys(found: Iterable[torch.Tensor]) -> set[int]:
+def keys(found: Iterable[torch.Tensor]) -> set[int]:
+    """What :func:`held` is told to leave out: the memory of these tensors, as long as they live."""
     return {key for tensor in found for key, _ in storages(tensor)}
 
 
-def held(regions: Iterable[Region], known: Iterable[torch.Tensor] = ()) -> int:
-    """Bytes of the recomputed values that ``regions`` hold now, without those that share memory with ``known``.
+def held(regions: Iterable[Region], known: AbstractSet[int] = frozenset()) -> int:
+    """Bytes of the recomputed values that ``regions`` hold now, without the memory in ``known`` (see :func:`keys`).
 
     Inputs are left out for regions whose record lay in no other region; the inputs of an inner one are values of
     the outer one.
     """
     regions = list(regions)
-    skip = _keys(known)
+    skip = set(known)
     found: dict[int, int] = {}
     for region in regions:
         values = [slot.value for slot in region.living() if slot.value is not None]
         if not values:
             continue
         if not region.inner:
-            skip |= _keys(tensors(_inputs(region)))
+            skip |= keys(tensors(_inputs(region)))
         for value in values:
             tensor = value.value if type(value) is Doubtful else value
             found.update(storages(tensor))

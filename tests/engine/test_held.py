@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import distckpt as dc
-from distckpt.engine.held import held
+from distckpt.engine.held import held, keys
 from distckpt.engine.region import Region
 from distckpt.engine.sessions import Session
 
@@ -40,10 +40,10 @@ def test_distinct_memory_counts_once_and_inputs_and_parameters_do_not() -> None:
     session.replay()
     # the product, h, and two sines of half its size
     expected = 8 * 8 * 4 * 3
-    assert held([region], [w]) == expected
+    assert held([region], keys([w])) == expected
     assert held([region]) == expected + 8 * 8 * 4
     out.sum().backward()
-    assert held([region], [w]) == 0
+    assert held([region], keys([w])) == 0
 
 
 def test_a_view_keeps_all_of_its_memory() -> None:

@@ -72,16 +72,25 @@ def replay_ahead(stage: Stage, session: MicroBatch) -> None:
                 if size is None:
                     late["its size is not known before its first replay"] += 1
                     continue
-                if session.held() + size > room:
+                if session.ahead + size > room:
                     late[f"more than {stage.limit} bytes ahead"] += 1
                     continue
             region.fill()
-            if room is not None and session.held() > room:  # larger than in any micro-batch before
-                region.clear()
+            if room is not None and session.ahead > room:  # larger than in any micro-batch before
                 late[f"more than {stage.limit} bytes ahead, seen after the replay"] += 1
+                _make_room(session, region, room)
     finally:
         stage.early = False
     stage.report.ahead_bytes = max(stage.report.ahead_bytes, session.held())
+
+
+def _make_room(session: MicroBatch, region: Region, room: int) -> None:
+    region.clear()
+    session.ahead = session.held()
+    if session.ahead > room:  # the replay needed that of a region around it, which was not there
+        for other in session.regions():
+            other.clear()
+        session.ahead = 0
 
 
 def unsafe(region: Region, units: dict[torch.nn.Module, tuple[str, bool]]) -> str | None:

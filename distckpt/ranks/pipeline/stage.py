@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from distckpt._torch_dist import BACKWARD, FORWARD, INPUT_BACKWARD, WEIGHT_BACKWARD, sharded_units, stage_ends
-from distckpt.engine.held import held
+from distckpt.engine.held import held, keys
 from distckpt.engine.region import Region
 from distckpt.ranks.pipeline.order import Order
 from distckpt.ranks.pipeline.report import StageReport
@@ -43,6 +43,8 @@ class Stage:
         self.ends_with_region = False
         self.early = False
         self.report = StageReport(self.index)
+        self._fixed: set[int] | None = None
+        self._sharded = True
         self._before: dict[str, Any] = {}
 
     # Wraps
@@ -78,6 +80,8 @@ class Stage:
         self.order.restart()
         self.forget()
         self.report = StageReport(self.index)
+        self._fixed = None
+        self._sharded = bool(sharded_units(self.stage.submod))
         return original(*args, **kwargs)
 
     def _forward_one_chunk(self, original: Callable[..., Any], index: int, *args: Any, **kwargs: Any) -> Any:
@@ -110,7 +114,7 @@ class Stage:
         whole = (
             full or self.stage.dw_builder is not None
         )  # a weight function of the stage's own needs no graph
-        if not whole:
+        if not whole and session.groups:
             session.begin_input_half(*stage_ends(self.stage, index))
         try:
             out = original(index, *args, **kwargs)
@@ -188,12 +192,16 @@ class Stage:
             where = session.place(region)
             size = held([region], self.fixed())
             self.sizes[where] = max(size, self.sizes.get(where, 0))
+            if self.early:
+                session.ahead += size
 
-    def fixed(self) -> list[torch.Tensor]:
-        """Tensors of the stage that are there without a replay."""
-        module = self.stage.submod
-        return [*module.parameters(), *module.buffers()]
+    def fixed(self) -> set[int]:
+        """The memory of the stage's parameters and buffers; looked up once per step unless it may move meanwhile."""
+        if self._fixed is None or self._sharded:
+            module = self.stage.submod
+            self._fixed = keys([*module.parameters(), *module.buffers()])
+        return self._fixed
 
     def units(self) -> dict[torch.nn.Module, tuple[str, bool]]:
         """The sharded units of the stage: name, and whether gathered now."""
-        return sharded_units(self.stage.submod)
+        return sharded_units(self.stage.submod) if self._sharded else {}
