@@ -7,15 +7,13 @@ python benchmarks/docs.py --check    fails when the page is not what the result 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from docs_ranks import ranks_parts
 from overhead import TARGETS
-from ranks_check import HEADER, cells
-from ranks_fsdp import show as ranks_fsdp_table
-from report import RESULTS, table
+from report import load, source, table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 
@@ -54,23 +52,6 @@ Attention, MLP, two norms and dropout, forward and backward in the middle of a m
 between its forward and its backward.
 """
 
-RANKS_FSDP = """## FSDP2 on two ranks
-
-One step of four small GPT blocks and a head: all-gathers, reduce-scatters, how often a block's forward runs, and wall
-clock. `none` has no regions; `torch` has torch's `checkpoint_wrapper` inside each block's unit; `dc` is
-`coord.fully_shard`. Ratios are to torch in the same layout; lower is better. `prefetched by hand` names for each unit
-the two that follow it (`set_modules_to_forward_prefetch`): in a replay that asks for units whose backward is over, and
-torch gathers them for nothing.
-"""
-
-PARTITION = """## Partitioned inputs
-
-Regions on blocks whose inputs are equal on every rank of a group, on real gloo ranks: `whole` keeps the inputs on every
-rank, `partitioned` a part on each and gathers them for the replay, `one ahead` has the gather of the next region
-under way meanwhile. gloo on one machine is all copying, on the cores that also compute, so little of it can be
-hidden; in the rows with `link +ms` each gather takes so much longer without keeping a core busy, as over a network.
-Times are of forward and backward between two barriers.
-"""
 
 COMPOSE = """## Proof by composition
 
@@ -83,32 +64,6 @@ region needs again, and got an error that says so. `no reference` means that the
 run, was repaired, and passes when its programs are drawn again; the tests in
 `tests/composition/test_regressions.py` hold everything that was ever found.
 """
-
-
-RANKS_CHECK = """## Agreement of ranks
-
-`Coordinator.check` on real gloo ranks, one process each, all on one machine: with more ranks than cores they take
-turns, so the times are bounds from above. `agree` is the median over the checks of the slowest rank's time, `worst`
-the slowest check, `differ` the time until the last rank has raised when one rank has other regions. `requests` and
-`bytes` (keys and values) are those of one check, all ranks together: 6 requests per rank and 7 more in all. `group` is
-what `init_process_group` takes for the same ranks, for comparison.
-"""
-
-
-def load(name: str) -> dict[str, Any] | None:
-    """Return a result file's content, or None where it was never made."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def source(result: dict[str, Any]) -> str:
-    """Say how a table was made and on what."""
-    machine = result["machine"]
-    device = f", {machine['accelerator']}" if machine["accelerator"] else ""
-    return (
-        f"Made by `{result['command']}` on {machine['processor']}{device}; "
-        f"Python {machine['python']}, torch {machine['torch']}.\n"
-    )
 
 
 def overhead_part(result: dict[str, Any]) -> str:
@@ -170,35 +125,6 @@ def gpt_part() -> str:
     return "\n".join(parts)
 
 
-def ranks_fsdp_part(result: dict[str, Any]) -> str:
-    """Render FSDP2 on two ranks."""
-    size = ", ".join(f"{key} {value}" for key, value in result["size"].items())
-    return "\n".join([RANKS_FSDP, ranks_fsdp_table(result["rows"]), "", f"Size: {size}. {source(result)}"])
-
-
-def partition_part(result: dict[str, Any]) -> str:
-    """Render what partitioned inputs save and cost."""
-    whole = {row["link_ms"]: row["ms_median"] for row in result["rows"] if row["variant"] == "whole"}
-    rows = [
-        [
-            row["variant"],
-            f"{row['link_ms']:g}",
-            f"{row['kept_bytes'] / 2**20:.2f}",
-            f"{row['ms_median']:.1f}",
-            f"{row['ms_median'] / whole[row['link_ms']]:.2f}",
-            str(row["gathers"]),
-            str(row["prefetched"]),
-            "yes" if row["equal"] else "no",
-        ]
-        for row in result["rows"]
-    ]
-    header = ["inputs", "link +ms", "kept MiB per rank", "step ms, median", "of whole", "gathers", "ahead"]
-    header += ["gradients equal to the bit"]
-    size = ", ".join(f"{key} {value}" for key, value in result["size"].items())
-    size = f"{result['ranks']} ranks, {size}; {result['rounds']} rounds, interleaved. {source(result)}"
-    return "\n".join([PARTITION, table(header, rows), "", f"Size: {size}"])
-
-
 def compose_part() -> str:
     """Render the long runs of the composition suite."""
     parts, rows, sources = [COMPOSE], [], []
@@ -215,25 +141,13 @@ def compose_part() -> str:
     return "\n".join([*parts, table(header, rows), "", *sources])
 
 
-def ranks_check_part(result: dict[str, Any]) -> str:
-    """Render the cost of agreeing, by world size."""
-    rows = [cells(row) for row in result["rows"]]
-    size = f"{result['layers']} regions on each rank, {result['rounds']} checks of each kind. "
-    return "\n".join([RANKS_CHECK, table(HEADER, rows), "", size + source(result)])
-
-
 def page() -> str:
     """Return the whole page."""
-    overhead, memory, ranks_fsdp = load("overhead"), load("memory"), load("ranks_fsdp")
+    overhead, memory = load("overhead"), load("memory")
     parts = [INTRO]
     parts += [overhead_part(overhead)] if overhead else []
     parts += [memory_part(memory)] if memory else []
-    parts += [gpt_part(), compose_part()]
-    ranks_check = load("ranks_check")
-    parts += [ranks_check_part(ranks_check)] if ranks_check else []
-    parts += [ranks_fsdp_part(ranks_fsdp)] if ranks_fsdp else []
-    partition = load("ranks_partition")
-    parts += [partition_part(partition)] if partition else []
+    parts += [gpt_part(), compose_part(), *ranks_parts()]
     return "\n".join(parts).rstrip() + "\n"
 
 

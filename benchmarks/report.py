@@ -44,3 +44,19 @@ def table(header: list[str], rows: list[list[str]]) -> str:
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
         for line in lines
     )
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """Return a result file's content, or None where it was never made."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def source(result: dict[str, Any]) -> str:
+    """Say how a table was made and on what."""
+    machine = result["machine"]
+    device = f", {machine['accelerator']}" if machine["accelerator"] else ""
+    return (
+        f"Made by `{result['command']}` on {machine['processor']}{device}; "
+        f"Python {machine['python']}, torch {machine['torch']}.\n"
+    )

@@ -101,6 +101,12 @@ def current_node() -> Any:
     return torch._C._current_autograd_node()
 
 
+def storage_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """What identifies the memory of a tensor while it lives (equal for all its views), and its bytes."""
+    storage = tensor.untyped_storage()
+    return storage._cdata, storage.nbytes()
+
+
 def tls_get(key: str) -> Any:
     """An object stored under ``key`` in the thread state that autograd copies to its device threads."""
     return torch._C._get_obj_in_tls(key) if torch._C._is_key_in_tls(key) else None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from distckpt._torch import call_without_dynamo, dynamo_callback, skip_frame
+from distckpt.engine import sessions
 from distckpt.engine.options import Options
 from distckpt.engine.region import abort_region, close_region, open_region
 
@@ -24,6 +25,8 @@ def record(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Opti
     if dynamo_callback() is not None:
         # Called from a compiled caller after a graph break: the record and its replays must both run eagerly.
         return call_without_dynamo(_record, fn, args, kwargs, options)
+    if sessions.any_open() and (session := sessions.current()) is not None:
+        return session.call(_record, fn, args, kwargs, options)
     return _record(fn, args, kwargs, options)
 
 

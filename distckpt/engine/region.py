@@ -74,6 +74,7 @@ class Region:
     idle: list[rng.Draw] | None = None  # other streams that are where they were
     pins: list[Any] | None = None
     session: sessions.Session | None = None
+    inner = False  # in a session: whether the record lies in that of another region
     backward: Any = None  # the graph task or session of the last replay
     replay_context: Any = None
     log: Any = None
@@ -91,6 +92,8 @@ class Region:
             value = self._replay_for(slot) if eager else call_without_dynamo(self._replay_for, slot)
         elif self.session is None:
             slot.value = None
+        else:
+            self.session.asked(slot)
         if value._version != slot.meta[3]:
             value = self._look_again(slot, value)
         return value
@@ -126,6 +129,8 @@ class Region:
                 slot.value = None
                 if graph_task_id() == -1 and not isinstance(self.backward, sessions.Session):
                     self.clear()  # no backward will use, or end and release, the other values
+            else:
+                self.session.asked(slot)
         return value
 
     def replay(self) -> None:
@@ -142,8 +147,26 @@ class Region:
             failed(self, error)
             raise
         self.backward = task if current is None else current
-        if current is None and self.session is None and task != -1:
+        if self.session is not None:
+            self.session.replayed(self)
+        elif current is None and task != -1:
             queue_callback(partial(_end_of_backward, _ref(self)))
+
+    def living(self) -> list[Slot]:
+        """The slots that autograd still holds."""
+        return [slot for slot in (ref() for ref in self.refs) if slot is not None]
+
+    def fill(self) -> bool:
+        """Replay now if a living slot is empty; whether it did. Without a session a value lasts until its first use.
+
+        Raises:
+            CheckpointError: the replay does not match the forward.
+        """
+        with self.lock:
+            empty = any(slot.value is None for slot in self.living())
+            if empty:
+                self.replay()
+        return empty
 
     def clear(self) -> None:
         """Drop recomputed values that nobody asked for."""
@@ -388,6 +411,15 @@ def _leave_forward_context(r: Region, error: BaseException | None) -> None:
             "during the checkpointed forward. This is not supported because there is no value to return."
         )
         raise (SuppressedException(message) if r.options.strict else RuntimeError(message)) from error
+
+
+def owner(region: Region) -> tuple[torch.nn.Module | None, bool]:
+    """The module that a region runs, None for a function; and whether a replay goes through the module's hooks."""
+    fn = region.fn
+    if isinstance(fn, torch.nn.Module):
+        return fn, True
+    found = getattr(fn, "__self__", None)
+    return (found, False) if isinstance(found, torch.nn.Module) else (None, True)
 
 
 def describe(fn: Any, options: Options) -> str:

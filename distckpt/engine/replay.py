@@ -228,10 +228,11 @@ def _run(
     reached = len(refs) - rest.__length_hint__()
     if reached < wanted:
         mismatch.fewer(reached)
-    if stopped:
-        if suspects:
+    if suspects:
+        if stopped:
             doubt(suspects, refs[-2:])
-    elif not early and closed and draws and r.options.strict and not mismatch.found:
+        suspects.clear()  # the recomputed graph holds `pack`, and with it this list
+    if not stopped and not early and closed and draws and r.options.strict and not mismatch.found:
         mismatch.drew(rng.pending(draws))
     if r.verifier is not None and not stopped:
         r.verifier.compare(refs, r.buffers, mismatch)

@@ -9,6 +9,9 @@ Note [Sessions]
     backward), or a replay fired before the gradient arrives, use one replay. They are freed with their part of
     the graph, or by ``release()``. Autograd copies the torch thread state to its device threads, and the
     current session travels in it.
+
+    A region that was recorded in a session belongs to it wherever it is replayed; the session need not be current
+    then. The methods ``call``, ``enroll``, ``replayed`` and ``asked`` are where a subclass looks on.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from distckpt.engine.state import here
 
 if TYPE_CHECKING:
     from distckpt.engine.region import Region
+    from distckpt.engine.slot import Slot
 
 _KEY = "distckpt.session"
 _open = 0  # how many `with` blocks are open in this process: only a hint that saves the thread-state lookup
@@ -67,9 +71,20 @@ class Session(contextlib.AbstractContextManager["Session"]):
         _open -= 1
         tls_set(_KEY, self._outer.pop())
 
+    def call(self, record: Any, fn: Any, args: Any, kwargs: Any, options: Any) -> Any:
+        """A region's call inside the block; ``record(fn, args, kwargs, options)`` makes it a region."""
+        return record(fn, args, kwargs, options)
+
     def enroll(self, region: Region) -> None:
         region.session = self
+        region.inner = here.frame is not None
         self._regions.append(weakref.ref(region))
+
+    def replayed(self, region: Region) -> None:
+        """Every living slot of ``region`` has just been filled."""
+
+    def asked(self, slot: Slot) -> None:
+        """Autograd was handed the value of ``slot``, which stays there."""
 
     def admit(self, region: Region, task: int) -> None:
         """A region that is about to be replayed while this session is current."""
@@ -91,13 +106,8 @@ class Session(contextlib.AbstractContextManager["Session"]):
         count = 0
         for ref in list(self._regions):
             region = ref()
-            if region is None or region.session is not self:
-                continue
-            with region.lock:
-                slots = [slot for slot in (r() for r in region.refs) if slot is not None]
-                if slots and any(slot.value is None for slot in slots):
-                    region.replay()
-                    count += 1
+            if region is not None and region.session is self:
+                count += region.fill()
         return count
 
     def release(self) -> None:

@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -78,6 +81,28 @@ def test_ranks_fsdp_gathers_no_more_with_our_regions_than_without() -> None:
     for none, _, dc in zip(rows[2::3], rows[3::3], rows[4::3], strict=True):
         assert dc[2:4] == none[2:4]
         assert (none[4], dc[4], dc[-1]) == ("1", "2", "yes")
+
+
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.9"), reason="torch 2.9 cannot run all schedules over gloo"
+)
+def test_pipelines_run_a_block_twice_where_torchs_engine_runs_it_six_times() -> None:
+    printed = run("ranks_pipeline.py", "schedules", "--rounds", "1", "--no-write")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
+    runs = {(row[0], row[1]): row[3] for row in rows if len(row) == 5}
+    for schedule in ("InterleavedZeroBubble", "ZBVZeroBubble"):
+        assert runs[schedule, "torch"] == "2 to 6"
+        assert runs[schedule, "early"] == "2"
+    assert runs["1F1B", "torch"] == "2"
+    assert runs["1F1B", "early"] == "1 to 2"
+
+
+def test_pipelines_that_sleep_replay_early() -> None:
+    printed = run("ranks_pipeline.py", "sleep", "--rounds", "1", "--seconds", "0", "--no-write")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
+    early = {(row[0], row[1]): row[4] for row in rows if len(row) == 5}
+    assert early["2 ranks, 4 micro-batches", "early"] == "8"
+    assert early["2 ranks, 4 micro-batches", "after"] == "0"
 
 
 def test_the_benchmark_page_is_what_the_result_files_say() -> None:

@@ -223,3 +223,88 @@ def test_counters_only_ever_grow() -> None:
     before = (counters.regions, counters.replays)
     dc.checkpoint(work, *setup()).sum().backward()
     assert (counters.regions, counters.replays) == (before[0] + 1, before[1] + 1)
+
+
+class Looks(dc.session().__class__):
+    """A session that writes down what it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def call(self, record: Any, fn: Any, args: Any, kwargs: Any, options: Any) -> Any:
+        self.seen.append(f"call {options.name}")
+        return fn(*args, **kwargs) if options.name == "plain" else record(fn, args, kwargs, options)
+
+    def replayed(self, region: Any) -> None:
+        assert all(slot.value is not None for slot in region.living())
+        self.seen.append(f"replayed {region.options.name}")
+
+    def asked(self, slot: Any) -> None:
+        assert slot.value is not None
+        self.seen.append("asked")
+
+
+def test_a_session_sees_calls_replays_and_values_that_are_asked_for() -> None:
+    x = leaf(3)
+    with Looks() as s:
+        kept = dc.checkpoint(torch.sin, x, name="plain")
+        out = dc.checkpoint(lambda x: x.sin().sin(), kept, name="region")
+    assert s.seen == ["call plain", "call region"]
+    out.sum().backward()
+    assert s.seen[2:] == ["replayed region", "asked", "asked"]
+
+
+def test_a_call_that_a_session_keeps_is_never_replayed() -> None:
+    x, w = setup()
+
+    def both() -> Any:
+        with Looks():
+            out = dc.checkpoint(work, x, w, name="plain")
+        return torch.autograd.grad(out.sum(), (x, w))
+
+    grads, counts = counted(both)
+    assert (counts.regions, counts.replays) == (0, 0)
+    assert all(torch.equal(a, b) for a, b in zip(grads, plain_grads(), strict=True))
+
+
+def test_in_a_whole_backward_a_value_in_a_session_dies_with_its_node() -> None:
+    x = leaf(4)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    left: list[int] = []
+
+    class Noise(torch.autograd.Function):
+        """Saves a value that needs no gradient, as dropout does."""
+
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            noise = torch.full_like(x, 2.0)
+            if dc.is_recomputing():
+                alive.append(weakref.ref(noise))
+            ctx.save_for_backward(noise)
+            return x * noise
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            left.append(sum(ref() is not None for ref in alive))
+            return grads[0] * ctx.saved_tensors[0]
+
+    with dc.session():
+        out = dc.checkpoint(lambda x: Noise.apply(Noise.apply(Noise.apply(x).sin()).sin()).sin(), x)
+    gc.disable()
+    try:
+        out.sum().backward()
+    finally:
+        gc.enable()
+    assert left == [3, 2, 1]
+
+
+def test_fill_replays_only_what_is_empty() -> None:
+    x = leaf(3)
+    with dc.session() as s:
+        out = dc.checkpoint(torch.sin, x)
+    region = s._regions[0]()
+    assert region is not None
+    assert (region.fill(), region.fill()) == (True, False)
+    out.sum().backward()
+    assert region.fill() is False

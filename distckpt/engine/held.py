@@ -1,0 +1,68 @@
+"""Held: how many bytes the recomputed values of some regions occupy.
+
+Note [What is counted]
+    Distinct memory, whatever the number of values and views in it: a value that is a view keeps all of its storage.
+    Not counted is memory that is there without any replay: what the caller names (parameters, buffers) and what the
+    regions own as their inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from distckpt._torch import storage_of
+from distckpt.engine.doubt import Doubtful
+from distckpt.engine.inputs import give_back, tensors
+
+if TYPE_CHECKING:
+    from distckpt.engine.region import Region
+
+
+def storages(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """Key and bytes of every storage below ``tensor``; a wrapper subclass (DTensor) has those of its parts."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None:
+        parts = (getattr(tensor, name) for name in flatten()[0])  # a mesh may be among them
+        for part in parts:
+            if isinstance(part, torch.Tensor):
+                yield from storages(part)
+    else:
+        yield storage_of(tensor)
+
+
+def keys(found: Iterable[torch.Tensor]) -> set[int]:
+    """What :func:`held` is told to leave out: the memory of these tensors, as long as they live."""
+    return {key for tensor in found for key, _ in storages(tensor)}
+
+
+def held(regions: Iterable[Region], known: AbstractSet[int] = frozenset()) -> int:
+    """Bytes of the recomputed values that ``regions`` hold now, without the memory in ``known`` (see :func:`keys`).
+
+    Inputs are left out for regions whose record lay in no other region; the inputs of an inner one are values of
+    the outer one.
+    """
+    regions = list(regions)
+    skip = set(known)
+    found: dict[int, int] = {}
+    for region in regions:
+        values = [slot.value for slot in region.living() if slot.value is not None]
+        if not values:
+            continue
+        if not region.inner:
+            skip |= keys(tensors(_inputs(region)))
+        for value in values:
+            tensor = value.value if type(value) is Doubtful else value
+            found.update(storages(tensor))
+    return sum(size for key, size in found.items() if key not in skip)
+
+
+def _inputs(region: Region) -> list[Any]:
+    return [
+        give_back(region.args, "args"),
+        give_back(region.kwargs, "kwargs"),
+        give_back(region.fn, "function"),
+    ]

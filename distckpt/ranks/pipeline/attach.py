@@ -1,0 +1,166 @@
+"""Attach: sessions and early replay on a pipeline, and how to take them off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from distckpt._torch_dist import custom_computations, is_stage, schedule_kind, schedule_stages, step_with
+from distckpt.modules import Applied, apply
+from distckpt.ranks.pipeline.early import EarlyReplay
+from distckpt.ranks.pipeline.errors import AlreadyAttached, StageNotInPlan, UnknownSchedule
+from distckpt.ranks.pipeline.limit import bytes_ahead
+from distckpt.ranks.pipeline.order import Order, order_of
+from distckpt.ranks.pipeline.report import StageReport
+from distckpt.ranks.pipeline.stage import Stage
+
+
+class Attached:
+    """What :func:`attach` put on this rank's stages and their schedule. Usable as a context manager."""
+
+    def __init__(
+        self, schedule: Any, stages: dict[int, Stage], applied: list[Applied], early: bool, hooked: bool
+    ) -> None:
+        self._schedule = schedule
+        self._stages = stages
+        self._applied = applied
+        self._early = early
+        self._hooked = hooked
+
+    def report(self) -> dict[int, StageReport]:
+        """Per stage of this rank, what happened in the step that runs or ran last."""
+        reason = _why_unseen(self._schedule, self._hooked) if self._early else None
+        for stage in self._stages.values():
+            late = stage.report.replays.total() - stage.report.early.total()
+            if reason is not None and late:
+                stage.report.lazy[reason] = late
+        return {index: stage.report for index, stage in self._stages.items()}
+
+    def remove(self) -> None:
+        """Make stages, schedule and modules what they were before. Not inside a step. Idempotent."""
+        for stage in self._stages.values():
+            stage.detach()
+        if self._hooked:
+            self._schedule.__dict__.pop("_step_microbatches", None)
+            self._hooked = False
+        for applied in self._applied:
+            applied.remove()
+        self._stages, self._applied = {}, []
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"Attached(stages {', '.join(map(str, self._stages)) if self._stages else 'removed'})"
+
+
+def attach(
+    coordinator: Any,
+    schedule_or_stages: Any,
+    *,
+    early_replay: bool = True,
+    ahead: int | str | None = None,
+    plan: Mapping[int, str | Iterable[str]] | None = None,
+) -> Attached:
+    """One replay per region and micro-batch, for a pipeline of ``torch.distributed.pipelining``.
+
+    Every micro-batch of a stage is a session: its regions are replayed once, for both halves of a split backward,
+    and their values are dropped when the last half has used them. With ``early_replay`` the replays for the next
+    backward are made while its gradient is on its way. Where the backward of a micro-batch comes right after its
+    forward (the last stage of 1F1B) its regions are not replayed at all, within the same limit.
+
+    Args:
+        coordinator: of this process.
+        schedule_or_stages: a schedule, or this rank's stages for a schedule of your own. Stages alone do
+            not tell the order of micro-batches, so no replay is early then (``report()`` says so).
+        early_replay: replay before the gradient arrives. Costs the memory of ``ahead``.
+        ahead: most bytes of region values that may exist before their gradient: a number, ``"2 GiB"``, or
+            ``"1 micro-batch"`` (the default: all regions of one). A region is replayed once before its size is known.
+        plan: for every stage of the pipeline, the modules that become regions, as :func:`distckpt.apply` takes them;
+            an empty list for none. Without it the stages keep the regions they have.
+
+    Returns:
+        A handle with ``report()`` and ``remove()``.
+
+    Raises:
+        UnknownSchedule: neither a schedule with a step that we know, nor stages.
+        AlreadyAttached: a stage is attached already.
+        StageNotInPlan: ``plan`` and the pipeline have different stages.
+        BadAhead: ``ahead`` is no amount.
+        DistckptError: see :func:`distckpt.apply`. After any error everything is as it was.
+    """
+    limit = bytes_ahead(early_replay, ahead)
+    stages, schedule = _stages(schedule_or_stages)
+    for stage in stages:
+        if hasattr(stage, "_distckpt_stage"):
+            raise AlreadyAttached(
+                f"stage {stage.stage_index} is attached already",
+                why="its micro-batches would have two sessions each",
+                fix="call remove() on the first handle",
+            )
+    if plan is not None:
+        _check_plan(plan, stages[0].num_stages)
+    order = order_of(schedule) if schedule is not None else Order(())
+    hooked = {stage.stage_index: Stage(stage, order, limit) for stage in stages}
+    early = EarlyReplay(hooked, order)
+    step = step_with(schedule, early.wait) if schedule is not None and early_replay else None
+    applied: list[Applied] = []
+    try:
+        for stage in stages if plan is not None else ():
+            globs = plan[stage.stage_index] if plan is not None else ()
+            globs = [globs] if isinstance(globs, str) else list(globs)
+            if globs:
+                applied.append(apply(stage.submod, globs))
+    except BaseException:
+        for one in applied:
+            one.remove()
+        raise
+    for stage in hooked.values():
+        stage.attach()
+    if schedule is not None and step is not None:
+        schedule._step_microbatches = step
+    return Attached(schedule, hooked, applied, early_replay, step is not None)
+
+
+def _stages(given: Any) -> tuple[list[Any], Any]:
+    """This rank's stages, and the schedule if there is one."""
+    if schedule_kind(given) is not None:
+        return schedule_stages(given), given
+    stages = [given] if is_stage(given) else list(given) if isinstance(given, (list, tuple)) else []
+    if stages and all(map(is_stage, stages)):
+        return stages, None
+    raise UnknownSchedule(
+        f"{type(given).__name__} is no schedule of torch.distributed.pipelining that is known here",
+        why="its order of micro-batches is not known, or it trains nothing",
+        fix="give GPipe, 1F1B, a schedule with a table of actions, or this rank's pipeline stages",
+    )
+
+
+def _check_plan(plan: Mapping[int, Any], count: int) -> None:
+    missing = sorted(set(range(count)) - set(plan))
+    extra = sorted(set(plan) - set(range(count)), key=str)
+    if missing or extra:
+        what = (
+            f"stage {missing[0]} is missing from the plan"
+            if missing
+            else f"the plan has a stage {extra[0]!r}"
+        )
+        raise StageNotInPlan(
+            what,
+            where=f"plan for stages {', '.join(map(str, plan))}",
+            why=f"the pipeline has the stages 0 to {count - 1}, and every rank needs the same plan",
+            fix="name every stage; an empty list is a stage without regions",
+        )
+
+
+def _why_unseen(schedule: Any, hooked: bool) -> str | None:
+    """Why there were waits for gradients in which nothing could be replayed."""
+    if schedule is None:
+        return "stages alone do not tell which micro-batch comes next"
+    if not hooked:
+        return "the schedule's step has no wait that can be used"
+    custom = custom_computations(schedule)
+    return f"the computation {custom[0]} of the schedule is a function of your own" if custom else None

@@ -1,0 +1,139 @@
+"""MicroBatch: the session of one micro-batch on one stage, from its forward to the last backward that uses it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from distckpt._torch import current_node
+from distckpt.engine.held import held
+from distckpt.engine.inputs import tensors
+from distckpt.engine.region import Region, describe
+from distckpt.engine.sessions import Session
+from distckpt.engine.slot import Slot
+from distckpt.engine.state import here
+from distckpt.ranks.pipeline.halves import Again
+
+if TYPE_CHECKING:
+    from distckpt.ranks.pipeline.stage import Stage
+
+
+class MicroBatch(Session):
+    """Regions recorded inside share one replay each, whichever backward asks first."""
+
+    def __init__(self, stage: Stage, index: int, consumed_now: bool) -> None:
+        super().__init__()
+        self.stage = stage
+        self.index = index
+        self.consumed_now = consumed_now  # its whole backward comes right after this forward
+        self.groups: list[
+            list[weakref.ref[Region]]
+        ] = []  # an outermost region, then those recorded inside it
+        self.kept = 0  # outermost regions that were plain calls
+        self.weight_bytes = 0
+        self.ahead = 0  # bytes that early replays made, at least as much as they hold
+        self._keeping = False
+        self._again: Again | None = None  # while the input half runs
+        self._used: tuple[Any, list[Slot]] = (None, [])
+        self._last: list[weakref.ref[torch.Tensor]] = []
+
+    def call(self, record: Any, fn: Any, args: Any, kwargs: Any, options: Any) -> Any:
+        """Make the call a region, or keep it: a plain call inside which nothing is a region."""
+        if self._keeping:
+            return fn(*args, **kwargs)
+        if here.frame is not None:
+            return record(fn, args, kwargs, options)
+        place = self.outermost
+        if self.stage.keeps(self, place):
+            self.kept += 1
+            self.stage.report.kept[self.index, _label(place, 0, fn, options)] += 1
+            self._keeping = True
+            try:
+                out = fn(*args, **kwargs)
+            finally:
+                self._keeping = False
+        else:
+            out = record(fn, args, kwargs, options)
+        self._last = [weakref.ref(t) for t in tensors(out)]
+        return out
+
+    def enroll(self, region: Region) -> None:
+        super().enroll(region)
+        if region.inner and self.groups:
+            self.groups[-1].append(weakref.ref(region))
+        else:
+            self.groups.append([weakref.ref(region)])
+
+    def replayed(self, region: Region) -> None:
+        place, within = self.place(region)
+        self.stage.replayed(self, region, place, _label(place, within, region.fn, region.options))
+
+    def asked(self, slot: Slot) -> None:
+        """In the input half: drop a value at its last use, as without a session.
+
+        A slot belongs to one node. A node that does not run again in the weight half is done with its values when
+        another node asks; it may ask twice for one.
+        """
+        if self._again is None:
+            return
+        node = current_node()
+        if node is not self._used[0]:
+            self._drop_used()
+            self._used = node, []
+        if node is not None and not self._again(node):
+            self._used[1].append(slot)
+
+    def _drop_used(self) -> None:
+        for slot in self._used[1]:
+            slot.value = None
+        self._used = None, []
+
+    @property
+    def outermost(self) -> int:
+        """How many outermost regions this forward has called so far."""
+        return len(self.groups) + self.kept
+
+    def ends_with(self, output: Any) -> bool:
+        """Whether the last outermost region made what the stage returned."""
+        made = [t for ref in self._last if (t := ref()) is not None]
+        return any(t is o for o in tensors(output) for t in made)
+
+    def place(self, region: Region) -> tuple[int, int]:
+        """Which outermost region ``region`` is or lies in, and its number inside."""
+        for place, group in enumerate(self.groups):
+            for within, ref in enumerate(group):
+                if ref() is region:
+                    return place, within
+        raise LookupError("a region of another session")
+
+    def regions(self) -> list[Region]:
+        """Those that can still be asked for a value."""
+        found = (ref() for group in self.groups for ref in group)
+        return [region for region in found if region is not None and region.session is self]
+
+    def newest_first(self) -> list[Region]:
+        """The order in which a backward comes to them; what lies inside a region comes after it."""
+        order = [ref for group in reversed(self.groups) for ref in (group[0], *reversed(group[1:]))]
+        return [region for ref in order if (region := ref()) is not None and region.session is self]
+
+    def held(self) -> int:
+        """Bytes of recomputed values, parameters and inputs not counted."""
+        return held(self.regions(), self.stage.fixed())
+
+    def begin_input_half(self, outputs: Iterable[Any], inputs: Iterable[Any]) -> None:
+        """The stage is about to take the gradients of its inputs only."""
+        self._again = Again(outputs, inputs, self.stage.stage.submod.parameters())
+
+    def end_input_half(self) -> None:
+        """Count what the weight half needs."""
+        self._drop_used()
+        self._again = None
+        self.weight_bytes = self.held()
+
+
+def _label(place: int, within: int, fn: Any, options: Any) -> str:
+    name = describe(fn, options).removeprefix("region ").split(" (")[0]
+    return f"{place}.{within} {name}" if within else f"{place} {name}"

@@ -1,0 +1,207 @@
+"""Stage: our wraps around the methods of one pipeline stage, and what is known about its regions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from distckpt._torch_dist import BACKWARD, FORWARD, INPUT_BACKWARD, WEIGHT_BACKWARD, sharded_units, stage_ends
+from distckpt.engine.held import held, keys
+from distckpt.engine.region import Region
+from distckpt.ranks.pipeline.order import Order
+from distckpt.ranks.pipeline.report import StageReport
+from distckpt.ranks.pipeline.session import MicroBatch
+
+WRAPPED = (
+    "clear_runtime_states",
+    "forward_one_chunk",
+    "get_bwd_recv_ops",
+    "backward_one_chunk",
+    "backward_weight_one_chunk",
+)
+
+
+class Stage:
+    """Sessions of one stage's micro-batches, opened and closed by the stage's own calls.
+
+    ``limit`` is how many bytes may be held ahead of their gradient; None for one whole micro-batch.
+    """
+
+    def __init__(self, stage: Any, order: Order, limit: int | None) -> None:
+        self.stage = stage
+        self.index: int = stage.stage_index
+        self.order = order
+        self.limit = limit
+        self.sessions: dict[int, MicroBatch] = {}
+        self.posted: set[int] = set()  # micro-batches whose gradient is being received
+        self.sizes: dict[
+            tuple[int, int], int
+        ] = {}  # bytes of a region's values, by its place; kept over steps
+        self.outermost: int | None = None  # outermost regions of one forward
+        self.ends_with_region = False
+        self.early = False
+        self.report = StageReport(self.index)
+        self._fixed: set[int] | None = None
+        self._sharded = True
+        self._before: dict[str, Any] = {}
+
+    # Wraps
+
+    def attach(self) -> None:
+        """Put the wraps on the stage instance; its class and other stages stay as they are."""
+        for name in WRAPPED:
+            if name in self.stage.__dict__:
+                self._before[name] = self.stage.__dict__[name]
+            setattr(self.stage, name, self._wrap(name, getattr(self.stage, name)))
+        self.stage._distckpt_stage = self
+
+    def detach(self) -> None:
+        """Undo :meth:`attach`."""
+        for name in WRAPPED:
+            if name in self._before:
+                setattr(self.stage, name, self._before[name])
+            else:
+                delattr(self.stage, name)
+        del self.stage._distckpt_stage
+        self.forget()
+
+    def _wrap(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        ours = getattr(self, f"_{name}")
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return ours(original, *args, **kwargs)
+
+        return wrapped
+
+    def _clear_runtime_states(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # Every schedule calls this for each of its stages before anything else in a step.
+        self.order.restart()
+        self.forget()
+        self.report = StageReport(self.index)
+        self._fixed = None
+        self._sharded = bool(sharded_units(self.stage.submod))
+        return original(*args, **kwargs)
+
+    def _forward_one_chunk(self, original: Callable[..., Any], index: int, *args: Any, **kwargs: Any) -> Any:
+        if not self.stage.has_backward or not torch.is_grad_enabled():
+            return original(index, *args, **kwargs)
+        self.order.arrive((FORWARD, self.index, index))
+        session = MicroBatch(self, index, self.order.consumes_now(self.index, index))
+        with session:
+            out = original(index, *args, **kwargs)
+        self.sessions[index] = session
+        self.outermost = session.outermost
+        self.ends_with_region = session.ends_with(out)
+        return out
+
+    def _get_bwd_recv_ops(self, original: Callable[..., Any], index: int, *args: Any, **kwargs: Any) -> Any:
+        ops = original(index, *args, **kwargs)
+        if ops:
+            self.posted.add(index)
+        return ops
+
+    def _backward_one_chunk(self, original: Callable[..., Any], index: int, *args: Any, **kwargs: Any) -> Any:
+        full = kwargs.get("full_backward", args[1] if len(args) > 1 else True)
+        if not self.stage.has_backward:
+            return original(index, *args, **kwargs)
+        self.order.arrive((BACKWARD if full else INPUT_BACKWARD, self.index, index))
+        self.posted.discard(index)
+        session = self.sessions.get(index)
+        if session is None:
+            return original(index, *args, **kwargs)
+        whole = (
+            full or self.stage.dw_builder is not None
+        )  # a weight function of the stage's own needs no graph
+        if not whole and session.groups:
+            session.begin_input_half(*stage_ends(self.stage, index))
+        try:
+            out = original(index, *args, **kwargs)
+        except BaseException:
+            self._close(index)
+            raise
+        if whole:
+            self._close(index)
+        else:
+            session.end_input_half()
+            waiting = sum(s.weight_bytes for s in self.sessions.values())
+            self.report.weight_bytes = max(self.report.weight_bytes, waiting)
+        return out
+
+    def _backward_weight_one_chunk(
+        self, original: Callable[..., Any], index: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not self.stage.has_backward:
+            return original(index, *args, **kwargs)
+        self.order.arrive((WEIGHT_BACKWARD, self.index, index))
+        try:
+            return original(index, *args, **kwargs)
+        finally:
+            self._close(index)
+
+    def _close(self, index: int) -> None:
+        session = self.sessions.pop(index, None)
+        if session is not None:
+            session.release()
+
+    def forget(self) -> None:
+        """Close what a step left open (it failed, or had no backward)."""
+        for index in list(self.sessions):
+            self._close(index)
+        self.posted.clear()
+
+    # What the sessions ask
+
+    def keeps(self, session: MicroBatch, place: int) -> bool:
+        """Whether an outermost region is better a plain call, as its backward is what this rank computes next.
+
+        Its values then exist ahead of their gradient just as after an early replay, so the same limit holds. The
+        region that makes the stage's output needs no room: a replay would make its values again before any other's.
+        """
+        if not session.consumed_now:
+            return False
+        if self.limit is None:
+            return True
+        if self.outermost is None or place >= self.outermost:
+            return False
+        last = self.outermost - 1
+        if place == last and self.ends_with_region:
+            return True
+        sizes = [self.group_size(p) for p in range(place, last + 1)]
+        return all(s is not None for s in sizes) and sum(s or 0 for s in sizes) <= self.limit
+
+    def room(self, session: MicroBatch) -> int | None:
+        """Bytes that may be replayed ahead for ``session``, beside what it keeps already; None without a limit."""
+        if self.limit is None:
+            return None
+        kept = range(len(session.groups), session.outermost)
+        return self.limit - sum(self.group_size(place) or 0 for place in kept)
+
+    def group_size(self, place: int) -> int | None:
+        """Bytes of an outermost region and those inside it, if every one was seen."""
+        sizes = [size for (at, _), size in self.sizes.items() if at == place]
+        return sum(sizes) if sizes else None
+
+    def replayed(self, session: MicroBatch, region: Region, place: int, label: str) -> None:
+        """Count a replay, and learn how large the region's values are."""
+        self.report.replays[session.index, label] += 1
+        if self.early:
+            self.report.early[session.index, label] += 1
+        if self.limit:
+            where = session.place(region)
+            size = held([region], self.fixed())
+            self.sizes[where] = max(size, self.sizes.get(where, 0))
+            if self.early:
+                session.ahead += size
+
+    def fixed(self) -> set[int]:
+        """The memory of the stage's parameters and buffers; looked up once per step unless it may move meanwhile."""
+        if self._fixed is None or self._sharded:
+            module = self.stage.submod
+            self._fixed = keys([*module.parameters(), *module.buffers()])
+        return self._fixed
+
+    def units(self) -> dict[torch.nn.Module, tuple[str, bool]]:
+        """The sharded units of the stage: name, and whether gathered now."""
+        return sharded_units(self.stage.submod) if self._sharded else {}
