@@ -165,7 +165,6 @@ class Image:
                 self.environment[name] = value
 
 
-@pytest.mark.slow
 def test_every_command_of_the_cpu_target_works_and_the_image_is_healthy(tmp_path: Path) -> None:
     image = Image(tmp_path / "image")
     for stage in ("wheel", "cpu"):  # one root: what COPY --from=wheel brings is there already
