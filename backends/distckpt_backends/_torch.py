@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
@@ -112,6 +112,26 @@ def xla_barrier(tensors: list[torch.Tensor]) -> None:
     from torch_xla.core import xla_model
 
     xla_model.optimization_barrier_(tensors)
+
+
+def xla_fsdp_unit() -> type | None:
+    """The class of torch_xla's own FSDP units; None while nobody imported it. Imports nothing."""
+    module = sys.modules.get("torch_xla.distributed.fsdp.xla_fully_sharded_data_parallel")
+    return getattr(module, "XlaFullyShardedDataParallel", None)
+
+
+XLA_SCAN_NODE = "ScanBackward"
+"""What autograd calls the node of torch_xla's scan."""
+
+
+def in_xla_scan() -> bool:
+    """True when a caller of this function is torch_xla's scan."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch_xla.experimental.scan":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def xla_sync(device: str) -> None:

@@ -193,6 +193,18 @@ class Backend:
         """
         return list(tensors)
 
+    def refuse_inside(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Raise a coded error when one of `modules`, or one below it, cannot run inside a region. Only deferred
+        backends are asked, once per region."""
+
+    def in_loop(self) -> bool:
+        """Whether this thread is tracing a compiled loop that seeds random numbers in its own way."""
+        return False
+
+    def has_loop(self, nodes: Iterable[Any]) -> bool:
+        """Whether such a loop is among these autograd nodes."""
+        return False
+
     # For subclasses -----------------------------------------------------------------------------------
 
     def _bad_device(self, device: object) -> DeviceError:

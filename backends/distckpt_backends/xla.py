@@ -4,14 +4,14 @@ device."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from . import _torch
-from .errors import BackendLoadError
+from .errors import BackendLoadError, UnitInsideRegion
 from .protocol import Backend, Capabilities, MemoryStats
 from .state import foreign
 
@@ -137,6 +137,27 @@ class XlaBackend(Backend):
         for group in by_device.values():
             _torch.xla_barrier(group)
         return out
+
+    def refuse_inside(self, modules: Iterable[torch.nn.Module]) -> None:
+        unit = _torch.xla_fsdp_unit()
+        if unit is None:
+            return
+        for root in modules:
+            for name, module in root.named_modules():
+                if isinstance(module, unit):
+                    raise UnitInsideRegion(
+                        "a region runs a module that is wrapped in XlaFullyShardedDataParallel",
+                        where=f"{type(root).__name__}{'.' if name else ''}{name}",
+                        why="the unit gathers and frees its parameters as it runs, and a replay would do so once more, "
+                        "in the middle of its backward",
+                        fix="put the region inside: dc.apply the module first, then wrap it",
+                    )
+
+    def in_loop(self) -> bool:
+        return _torch.in_xla_scan()
+
+    def has_loop(self, nodes: Iterable[Any]) -> bool:
+        return any(node.name() == _torch.XLA_SCAN_NODE for node in nodes)
 
     def _import(self) -> None:
         reason = self.why_unavailable()

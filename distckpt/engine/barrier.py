@@ -6,6 +6,11 @@ Note [Barrier]
     the inputs of the replay go through one barrier together with the gradients that arrived at the region's outputs:
     the replay cannot exist before them. Inputs alone double the work and save no memory. The technique is
     pytorch/xla#3455 and #3486; tying to the gradients is what its FSDP does.
+
+Note [Loops that draw]
+    torch_xla's scan seeds its iterations from the device's state and from how many draws lie between the last seeding of the
+    device and the loop. A replay can put the state back but not that distance, so it would draw other numbers.
+    A region around such a loop is refused. A loop that draws nothing is replayed like anything else.
 """
 
 from __future__ import annotations
@@ -16,20 +21,47 @@ import torch
 from distckpt_backends import Backend
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from distckpt._torch import node_number, nodes_since
+from distckpt.engine.errors import LoopDraws
 from distckpt.engine.inputs import tensors
+from distckpt.engine.rng import Draw
 
 
 class Tie:
-    """Incoming gradients of one region, and the barrier that binds its replay to them."""
+    """Incoming gradients of one region, and the barrier that binds its replay to them.
 
-    __slots__ = ("backend", "grads")
+    Made before the region's function runs, on its thread.
+    """
 
-    def __init__(self, backend: Backend) -> None:
+    __slots__ = ("backend", "first", "grads", "loop", "recording", "where")
+
+    def __init__(self, backend: Backend, where: str) -> None:
         self.backend = backend
+        self.where = where
+        self.first = node_number()
+        self.recording = True
+        self.loop = False  # a compiled loop was seen while the region was recorded
         self.grads: list[torch.Tensor] = []
+
+    def refuse_loop(self, draws: list[Draw] | None, out: Any) -> None:
+        """When the region has run, and drew what ``draws`` says.
+
+        Raises:
+            LoopDraws: it drew on this device and ran a compiled loop, which may have been what drew.
+        """
+        if not any(getattr(draw.stream, "backend", None) is self.backend for draw in draws or ()):
+            return
+        if self.loop or self.backend.has_loop(nodes_since(self.first, tensors(out))):
+            raise LoopDraws(
+                "a region runs torch_xla's scan and draws random numbers",
+                where=self.where,
+                why="the scan would draw other numbers when it is replayed, even from the same random state",
+                fix="put the region inside the layer that is scanned, or the random part outside the region",
+            )
 
     def attach(self, out: Any) -> None:
         """Collect the gradients of the region's outputs when they arrive, before any slot is unpacked."""
+        self.recording = False
         grads = self.grads
 
         def arrived(found: tuple[torch.Tensor | None, ...]) -> None:
@@ -45,6 +77,8 @@ class Tie:
         Every reference to a gradient is dropped: a tensor that is alive at the next step mark becomes an output
         of the program.
         """
+        if self.recording and self.backend.in_loop():
+            self.loop = True  # it takes a gradient while it is traced, which replays a region around it
         grads = [g for g in self.grads if g.device.type == self.backend.device_type]
         self.grads.clear()
         leaves, spec = tree_flatten((args, kwargs))

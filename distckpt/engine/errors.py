@@ -112,3 +112,21 @@ class StreamError(DistckptError, ValueError):
     """A random stream was registered twice, or is not one."""
 
     code = "DC116"
+
+
+class ScannedRegion(DistckptError, ValueError):
+    """A region in a layer that torch_xla's scan traces asks for what only a replay could do."""
+
+    code = "DC470"
+
+
+class ScannedDropout(DistckptError, ValueError):
+    """A region in a layer that torch_xla's scan traces uses the fused dropout operator."""
+
+    code = "DC471"
+
+
+class LoopDraws(DistckptError):
+    """A region runs torch_xla's scan, and random numbers were drawn that its replay would draw differently."""
+
+    code = "DC473"

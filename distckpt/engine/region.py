@@ -25,6 +25,7 @@ from distckpt._torch import (
     push_saved_tensors_hooks,
     queue_callback,
     top_saved_tensors_hooks,
+    traced_graph,
 )
 from distckpt.engine import ambient, buffers, inputs, rng, sessions, streams, switches
 from distckpt.engine.barrier import Tie
@@ -38,6 +39,7 @@ from distckpt.engine.options import Options
 from distckpt.engine.replay import is_engine_hook, replay
 from distckpt.engine.slot import Slot
 from distckpt.engine.state import here
+from distckpt.engine.traced import Traced
 from distckpt.engine.verify import Verifier
 
 _ref = weakref.ref
@@ -76,6 +78,7 @@ class Region:
     log: Any = None
     verifier: Verifier | None = None
     tie: Tie | None = None
+    traced: Traced | None = None  # inside a graph that is being traced: nothing is dropped here, nothing replayed
     marks: Any = None  # under the user's hooks: what the inputs were, since autograd then checks no versions
 
     @opaque_to_dynamo
@@ -134,6 +137,10 @@ class Region:
         if current is None and self.session is None and task != -1:
             queue_callback(partial(_end_of_backward, _ref(self)))
 
+    def same(self, value: Any) -> Any:
+        """Both hooks of a region whose saved tensors stay where they are: a traced or a reentrant one."""
+        return value
+
     def clear(self) -> None:
         """Drop recomputed values that nobody asked for."""
         for ref in self.refs:
@@ -157,6 +164,8 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
 
     Raises:
         MixedDeviceTypes: inputs on two device types under the rule ``"error"``.
+        ScannedRegion: in a traced graph, an option that needs a replay.
+        UnitInsideRegion: the call runs a module that its device type cannot replay.
     """
     r = Region()
     r.options = options
@@ -195,7 +204,10 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
     if options.context_fn is not None or options.debug or _debug() is not None:
         _enter_forward_context(r)
     try:
-        push_saved_tensors_hooks(_packer(r), r.unpack if strict else r.unpack_as_torch)
+        if r.traced is not None:
+            push_saved_tensors_hooks(r.same, r.same)
+        else:
+            push_saved_tensors_hooks(_packer(r), r.unpack if strict else r.unpack_as_torch)
     except BaseException:  # under torch.func there are no hooks
         if r.replay_context is not None:
             _leave_forward_context(r, None)
@@ -251,7 +263,13 @@ def _stash_devices(
         r.stash = rng.Stash(chosen, tuple(b for b in backends if b not in chosen))
     for backend in chosen:
         if backend.capabilities.deferred:
-            r.tie = Tie(backend)
+            graph = traced_graph()
+            if graph is None:
+                backend.refuse_inside(buffers.reached_modules(fn, args, kwargs) or ())
+                r.tie = Tie(backend, describe(fn, r.options))
+            else:
+                r.traced = Traced(graph, r.options, describe(fn, r.options))
+                r.session = r.buffers = None
 
 
 def close_region(r: Region, out: Any) -> None:
@@ -261,6 +279,7 @@ def close_region(r: Region, out: Any) -> None:
         UnstashedDraw: random numbers were drawn on a device that the region does not stash.
         LateDevice: a device type came up inside the region.
         BufferChanged: a large buffer changed for the first time.
+        ScannedRegion, ScannedDropout: in a traced graph, a value was pinned or the fused dropout used.
     """
     pop_saved_tensors_hooks()
     here.frame = r.outer
@@ -285,7 +304,10 @@ def close_region(r: Region, out: Any) -> None:
     if r.verifier is not None:
         r.verifier.seal(r.buffers)
     if r.tie is not None:
+        r.tie.refuse_loop(r.draws, out)
         r.tie.attach(out)
+    elif r.traced is not None:
+        r.traced.seal(r.pins)
 
 
 def abort_region(r: Region, error: BaseException) -> None:
