@@ -14,6 +14,7 @@ from . import _torch
 from .errors import BackendLoadError, UnitInsideRegion
 from .protocol import Backend, Capabilities, MemoryStats
 from .state import foreign
+from .xla_seed import Loan
 
 _REASONS = {
     "multi_device": "one XLA program runs on one device; tensors of another reach it through the host",
@@ -35,6 +36,7 @@ class XlaBackend(Backend):
 
     def __init__(self) -> None:
         self._names: dict[torch.device, str] = {}  # checked devices
+        self._loans: dict[torch.device, Loan] = {}
         self._live: tuple[torch.device, ...] = ()
         self._flags: Capabilities | None = None
 
@@ -102,6 +104,18 @@ class XlaBackend(Backend):
             raise foreign("xla", "an unsigned 64-bit int", state)
         _torch.xla_set_seed(state, name)
 
+    def rng_lend(self, device: torch.device) -> int:
+        return self._loan(device).lend()
+
+    def rng_take_back(self, device: torch.device, state: int) -> None:
+        self._loan(device).take_back(state)
+
+    def _loan(self, device: torch.device) -> Loan:
+        loan = self._loans.get(device)
+        if loan is None:
+            loan = self._loans[device] = Loan(self._name(device))
+        return loan
+
     def _name(self, device: torch.device) -> str:
         if not isinstance(device, torch.device) or device.type != "xla" or device not in self.live_devices():
             raise self._bad_device(device)
@@ -153,8 +167,8 @@ class XlaBackend(Backend):
                         fix="put the region inside: dc.apply the module first, then wrap it",
                     )
 
-    def in_loop(self) -> bool:
-        return _torch.in_xla_scan()
+    def in_loop(self, thread: int) -> bool:
+        return _torch.in_xla_scan(thread)
 
     def has_loop(self, nodes: Iterable[Any]) -> bool:
         return any(node.name() == _torch.XLA_SCAN_NODE for node in nodes)

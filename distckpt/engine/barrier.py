@@ -8,13 +8,14 @@ Note [Barrier]
     pytorch/xla#3455 and #3486; tying to the gradients is what its FSDP does.
 
 Note [Loops that draw]
-    torch_xla's scan seeds its iterations from the device's state and from how many draws lie between the last seeding of the
-    device and the loop. A replay can put the state back but not that distance, so it would draw other numbers.
+    torch_xla's scan seeds its iterations from the device's state and from how many draws lie between the last seeding
+    of the device and the loop. A replay can put the state back but not that distance, so it would draw other numbers.
     A region around such a loop is refused. A loop that draws nothing is replayed like anything else.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -33,25 +34,29 @@ class Tie:
     Made before the region's function runs, on its thread.
     """
 
-    __slots__ = ("backend", "first", "grads", "loop", "recording", "where")
+    __slots__ = ("backend", "first", "grads", "loop", "recording", "thread", "where")
 
     def __init__(self, backend: Backend, where: str) -> None:
         self.backend = backend
         self.where = where
         self.first = node_number()
         self.recording = True
+        self.thread = threading.get_ident()
         self.loop = False  # a compiled loop was seen while the region was recorded
         self.grads: list[torch.Tensor] = []
 
-    def refuse_loop(self, draws: list[Draw] | None, out: Any) -> None:
+    def refuse_loop(self, draws: list[Draw] | None, out: Any, first: int | None = None) -> None:
         """When the region has run, and drew what ``draws`` says.
+
+        ``first`` bounds the search for the loop: an autograd node's number, by default that of the record.
 
         Raises:
             LoopDraws: it drew on this device and ran a compiled loop, which may have been what drew.
         """
         if not any(getattr(draw.stream, "backend", None) is self.backend for draw in draws or ()):
             return
-        if self.loop or self.backend.has_loop(nodes_since(self.first, tensors(out))):
+        first = self.first if first is None else first
+        if self.loop or self.backend.has_loop(nodes_since(first, tensors(out))):
             raise LoopDraws(
                 "a region runs torch_xla's scan and draws random numbers",
                 where=self.where,
@@ -77,7 +82,7 @@ class Tie:
         Every reference to a gradient is dropped: a tensor that is alive at the next step mark becomes an output
         of the program.
         """
-        if self.recording and self.backend.in_loop():
+        if self.recording and self.backend.in_loop(self.thread):
             self.loop = True  # it takes a gradient while it is traced, which replays a region around it
         grads = [g for g in self.grads if g.device.type == self.backend.device_type]
         self.grads.clear()

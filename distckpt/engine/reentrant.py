@@ -87,7 +87,9 @@ class CheckpointFunction(Function):
         detached = detach_variable(tuple(inputs))
         outputs = _recompute(ctx.region, detached)
         if ctx.tie is not None:
-            ctx.tie.refuse_loop(ctx.region.draws, outputs)
+            ctx.tie.refuse_loop(
+                ctx.region.draws, outputs, first=0
+            )  # nodes of this thread, back to the inputs
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [
             (o, g)

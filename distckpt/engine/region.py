@@ -78,7 +78,9 @@ class Region:
     log: Any = None
     verifier: Verifier | None = None
     tie: Tie | None = None
-    traced: Traced | None = None  # inside a graph that is being traced: nothing is dropped here, nothing replayed
+    traced: Traced | None = (
+        None  # inside a graph that is being traced: nothing is dropped here, nothing replayed
+    )
     marks: Any = None  # under the user's hooks: what the inputs were, since autograd then checks no versions
 
     @opaque_to_dynamo

@@ -50,6 +50,21 @@ class Generator:
     def moved(self, state: Any) -> bool:
         return self.backend.rng_moved(self.device, state)
 
+    lend = get_state
+    take_back = set_state
+
+
+class DeferredGenerator(Generator):
+    """A generator whose device knows more than its state says."""
+
+    __slots__ = ()
+
+    def lend(self) -> Any:
+        return self.backend.rng_lend(self.device)
+
+    def take_back(self, state: Any) -> None:
+        self.backend.rng_take_back(self.device, state)
+
 
 _CPU_STREAM: Any = Generator(CPU, CPU_DEVICE)
 
@@ -90,7 +105,8 @@ class Stash:
 
 
 def _generators(backend: Backend) -> list[Generator]:
-    return [Generator(backend, device) for device in backend.live_devices()]
+    kind = DeferredGenerator if backend.capabilities.deferred else Generator
+    return [kind(backend, device) for device in backend.live_devices()]
 
 
 def cpu_before() -> Any:
@@ -125,7 +141,7 @@ def rewind_idle(cpu_state: Any, idle: list[Draw] | None) -> list[tuple[Any, Any]
 
 def rewind(draws: list[Draw]) -> list[tuple[Any, Any]]:
     """Put every stream where the forward began; returns what :func:`put_back` needs."""
-    held = [(draw.stream, draw.stream.get_state()) for draw in draws]
+    held = [(draw.stream, draw.stream.lend()) for draw in draws]
     for draw in draws:
         draw.stream.set_state(draw.before)
     return held
@@ -134,7 +150,7 @@ def rewind(draws: list[Draw]) -> list[tuple[Any, Any]]:
 def put_back(held: list[tuple[Any, Any]]) -> None:
     """Undo :func:`rewind`."""
     for stream, state in held:
-        stream.set_state(state)
+        stream.take_back(state)
 
 
 def pending(draws: list[Draw]) -> list[Draw]:

@@ -2,8 +2,8 @@
 
 Note [Traced regions]
     AOTAutograd traces the layer's forward and backward into one graph and a partitioner cuts it in two, so a replay
-    there would be more nodes, which the partitioner merges with the first ones. The region marks its nodes as the ones to
-    compute again instead, as torch's own operator does under ``torch.compile``, and torch's partitioners obey. Random
+    there would be more nodes, which are merged with the first ones. The region marks its nodes as the ones to compute
+    again instead, as torch's own operator does under ``torch.compile``, and torch's partitioners obey. Random
     operators are marked as kept: the two halves of a scan are seeded apart, so a second draw would be another one.
 """
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-LAYERS, BATCH, WIDTH, HIDDEN = 4, 256, 128, 512
+LAYERS, BATCH, WIDTH, HIDDEN = 8, 256, 128, 512
 
 
 class Block(nn.Module):
@@ -44,5 +44,10 @@ def bits(tensors: Iterable[torch.Tensor | None]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         assert tensor is not None
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def difference(a: Iterable[torch.Tensor], b: Iterable[torch.Tensor]) -> float:
+    """The largest difference between two lists of tensors, each relative to the largest value of its tensor."""
+    return max(float((x - y).abs().max() / x.abs().max()) for x, y in zip(a, b, strict=True))

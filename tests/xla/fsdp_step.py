@@ -1,6 +1,6 @@
 """Two training steps of XlaFullyShardedDataParallel units on one replica; run by probe.py.
 
-usage: fsdp_step.py none|regions|outside
+usage: fsdp_step.py none|regions
 """
 
 from __future__ import annotations
@@ -21,31 +21,35 @@ from tests.xla.blocks import BATCH, LAYERS, WIDTH, Block, bits
 def main(variant: str) -> None:
     torch.manual_seed(0)
     device = torch_xla.device()
-    model: nn.Module = nn.Sequential(*(Block(0.1) for _ in range(LAYERS))).to(device)
+    blocks: nn.Module = nn.Sequential(*(Block(0.1) for _ in range(LAYERS))).to(device)
     if variant == "regions":
-        dc.apply(model, "*")
-    model = nn.Sequential(*(XlaFullyShardedDataParallel(block) for block in model.children()))
-    if variant == "outside":
-        dc.apply(model, "*")
-    model = XlaFullyShardedDataParallel(model)
+        dc.apply(blocks, "*")
+    units = nn.Sequential(*(XlaFullyShardedDataParallel(block) for block in blocks.children()))
+    model = XlaFullyShardedDataParallel(units)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x = torch.randn(BATCH, WIDTH).to(device).requires_grad_()
     torch_xla.sync(wait=True)
     losses = []
-    for step in range(2):
-        torch_xla.manual_seed(7 + step)
+    torch_xla.manual_seed(7)
+    for _ in range(2):
         optimizer.zero_grad()
         x.grad = None
-        try:
-            loss = model(x).square().mean()
-        except DistckptError as error:
-            print(json.dumps({"code": error.code}))
-            return
+        loss = model(x).square().mean()
         loss.backward()
         optimizer.step()
         torch_xla.sync(wait=True)
         losses.append(loss.item())
-    print(json.dumps({"losses": losses, "bits": bits([x.grad, *model.parameters()])}))
+    found = {"losses": losses, "bits": bits([x.grad, *model.parameters()])}
+    print(json.dumps({**found, "around": around(units[0], x)}))
+
+
+def around(unit: nn.Module, x: torch.Tensor) -> str:
+    """The code with which a region around a unit is refused."""
+    try:
+        dc.checkpoint(unit, x)
+    except DistckptError as error:
+        return error.code
+    return "none"
 
 
 if __name__ == "__main__":

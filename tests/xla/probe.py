@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 COUNTED = (
@@ -117,3 +119,9 @@ def probe_once(
     if "failed" in found:
         raise RuntimeError(found["failed"])
     return Compiled(**found)
+
+
+def shared_folder(factory: pytest.TempPathFactory, config: pytest.Config) -> Path:
+    """A folder for :func:`probe_once` that every worker of this run shares."""
+    folder = factory.getbasetemp()
+    return folder.parent if hasattr(config, "workerinput") else folder

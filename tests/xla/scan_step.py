@@ -1,6 +1,6 @@
 """One training step of layers that torch_xla's scan runs; run by probe.py.
 
-usage: scan_step.py none|regions [dropout]
+usage: scan_step.py none|regions
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from torch import nn
 from torch_xla.experimental.scan_layers import scan_layers
 
 import distckpt as dc
-from tests.xla.blocks import BATCH, WIDTH, Block, bits
-
-LAYERS = 8
+from tests.xla.blocks import BATCH, LAYERS, WIDTH, Block, bits
 
 
-def main(variant: str, dropout: float) -> None:
+def main(variant: str) -> None:
     torch.manual_seed(0)
     device = torch_xla.device()
-    layers = nn.ModuleList(Block(dropout, fused=False) for _ in range(LAYERS)).to(device)
+    layers = nn.ModuleList(Block(0.1, fused=False) for _ in range(LAYERS)).to(device)
     if variant == "regions":
         dc.apply(layers, "*")
     x = torch.randn(BATCH, WIDTH).to(device).requires_grad_()
@@ -35,4 +33,4 @@ def main(variant: str, dropout: float) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], 0.1 if "dropout" in sys.argv[2:] else 0.0)
+    main(sys.argv[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 from torch_xla.experimental.spmd_fully_sharded_data_parallel import SpmdFullyShardedDataParallel
 
 import distckpt as dc
-from tests.xla.blocks import Block, bits
+from tests.xla.blocks import Block, bits, difference
 
 xr.use_spmd()
 MESH = xs.Mesh(np.arange(4), (2, 2), ("fsdp", "model"))
@@ -47,8 +47,20 @@ class Sharded(nn.Module):
         return out if scale is None else out * scale
 
 
-def run(model: nn.Module, call: Callable[[torch.Tensor], torch.Tensor], *, flush: bool = False) -> list[Any]:
-    """The gradients' bits, the sharding of each, and the random state after one step of `call`."""
+class Step(NamedTuple):
+    """What one step left: a digest of the gradients, their sharding, the random state, the gradients."""
+
+    digest: str
+    sharding: list[str]
+    state: int
+    gradients: list[torch.Tensor]
+
+    def equals(self, other: Step) -> bool:
+        return self[:3] == other[:3]
+
+
+def run(model: nn.Module, call: Callable[[torch.Tensor], torch.Tensor], *, flush: bool = False) -> Step:
+    """One step of `call`."""
     torch.manual_seed(1)
     x = torch.randn(BATCH, WIDTH).to("xla").requires_grad_()
     xs.mark_sharding(x, MESH, ("fsdp", None))
@@ -63,10 +75,11 @@ def run(model: nn.Module, call: Callable[[torch.Tensor], torch.Tensor], *, flush
     state = xm.get_rng_state()
     torch_xla.sync(wait=True)
     found = [x.grad, *(p.grad for p in model.parameters())]
-    return [bits(found), [torch_xla._XLAC._get_xla_sharding_spec(g) for g in found], state]
+    sharding = [torch_xla._XLAC._get_xla_sharding_spec(g) for g in found]
+    return Step(bits(found), sharding, state, [g.cpu() for g in found])
 
 
-def annotations() -> dict[str, bool]:
+def annotations() -> dict[str, Any]:
     torch.manual_seed(0)
     blocks = nn.ModuleList(Sharded() for _ in range(2)).to("xla")
     for block in blocks:
@@ -85,11 +98,13 @@ def annotations() -> dict[str, bool]:
 
     expected, flushed = run(blocks, plain), run(blocks, plain, flush=True)
     found = {
-        "annotations inside, dc.checkpoint": run(blocks, function) == expected,
-        "a flush before backward": run(blocks, function, flush=True)[:2] == flushed[:2],
+        "annotations inside, dc.checkpoint": run(blocks, function).equals(expected),
+        "a flush before backward, difference": difference(
+            flushed.gradients, run(blocks, function, flush=True).gradients
+        ),
     }
     with dc.apply(blocks, "*"):
-        found["annotations inside, dc.apply"] = run(blocks, plain) == expected
+        found["annotations inside, dc.apply"] = run(blocks, plain).equals(expected)
     return found
 
 
@@ -99,7 +114,7 @@ def small_blocks() -> list[nn.Module]:
 
 
 def orders() -> dict[str, bool]:
-    def wrapped(order: str) -> list[Any]:
+    def wrapped(order: str) -> Step:
         blocks = small_blocks()
         if order == "inside":
             for block in blocks:
@@ -116,7 +131,7 @@ def orders() -> dict[str, bool]:
 
     expected = wrapped("none")
     return {
-        f"regions {o} FSDPv2 units": wrapped(o) == expected
+        f"regions {o} FSDPv2 units": wrapped(o).equals(expected)
         for o in ("inside", "around", "inside, after wrapping")
     }
 

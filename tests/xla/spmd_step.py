@@ -1,6 +1,6 @@
 """One training step of FSDPv2 units over a mesh of every device; run by probe.py.
 
-usage: spmd_step.py none|regions
+usage: spmd_step.py none|regions [dropout]
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import distckpt as dc
 from tests.xla.blocks import BATCH, LAYERS, WIDTH, Block, bits
 
 
-def main(variant: str) -> None:
+def main(variant: str, dropout: float) -> None:
     xr.use_spmd()
     count = xr.global_runtime_device_count()
     mesh = xs.Mesh(np.arange(count), (count, 1), ("fsdp", "model"))
     torch.manual_seed(0)
     device = torch_xla.device()
-    model: nn.Module = nn.Sequential(*(Block(0.1) for _ in range(LAYERS))).to(device)
+    model: nn.Module = nn.Sequential(*(Block(dropout) for _ in range(LAYERS))).to(device)
     if variant == "regions":
         dc.apply(model, "*")
     units = [SpmdFullyShardedDataParallel(block, mesh=mesh) for block in model.children()]
@@ -42,4 +42,4 @@ def main(variant: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], 0.1 if "dropout" in sys.argv[2:] else 0.0)
