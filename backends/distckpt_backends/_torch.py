@@ -132,9 +132,9 @@ def _unseen() -> Iterator[None]:
         yield
 
 
-def in_backward() -> bool:
-    """True while autograd runs a backward on this thread."""
-    return torch._C._current_graph_task_id() != -1
+def backward_number() -> int:
+    """Which backward autograd runs on this thread, by a number that is never used again; -1 for none."""
+    return torch._C._current_graph_task_id()
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:

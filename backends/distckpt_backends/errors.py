@@ -77,9 +77,3 @@ class NoRngError(DistckptError):
     """The device type offers no way to read and put back its random state."""
 
     code = "DC207"
-
-
-class UnitInsideRegion(DistckptError):
-    """A region runs a module that gathers and frees its own parameters, which its replay would upset."""
-
-    code = "DC472"

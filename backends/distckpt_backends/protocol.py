@@ -201,9 +201,10 @@ class Backend:
         """
         return list(tensors)
 
-    def refuse_inside(self, modules: Iterable[torch.nn.Module]) -> None:
-        """Raise a coded error when one of `modules`, or one below it, cannot run inside a region. Only deferred
-        backends are asked, once per region."""
+    def unit_among(self, modules: Iterable[torch.nn.Module]) -> str | None:
+        """What and where the first module is, among `modules` and those below, that a region cannot run on this device
+        type; None when there is none. Only deferred backends are asked, once per region."""
+        return None
 
     def in_loop(self, thread: int) -> bool:
         """Whether a thread, by its ident, is tracing a compiled loop that seeds random numbers in its own way."""

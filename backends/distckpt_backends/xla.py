@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import _torch
-from .errors import BackendLoadError, UnitInsideRegion
+from .errors import BackendLoadError
 from .protocol import Backend, Capabilities, MemoryStats
 from .state import foreign
 from .xla_seed import Loan
@@ -152,20 +152,14 @@ class XlaBackend(Backend):
             _torch.xla_barrier(group)
         return out
 
-    def refuse_inside(self, modules: Iterable[torch.nn.Module]) -> None:
+    def unit_among(self, modules: Iterable[torch.nn.Module]) -> str | None:
         unit = _torch.xla_fsdp_unit()
-        if unit is None:
-            return
-        for root in modules:
-            for name, module in root.named_modules():
-                if isinstance(module, unit):
-                    raise UnitInsideRegion(
-                        "a region runs a module that is wrapped in XlaFullyShardedDataParallel",
-                        where=f"{type(root).__name__}{'.' if name else ''}{name}",
-                        why="the unit gathers and frees its parameters as it runs, and a replay would do so once more, "
-                        "in the middle of its backward",
-                        fix="put the region inside: dc.apply the module first, then wrap it",
-                    )
+        if unit is not None:
+            for root in modules:
+                for name, module in root.named_modules():
+                    if isinstance(module, unit):
+                        return f"{unit.__name__} at {'.'.join(filter(None, (type(root).__name__, name)))}"
+        return None
 
     def in_loop(self, thread: int) -> bool:
         return _torch.in_xla_scan(thread)

@@ -11,10 +11,13 @@ Note [Root]
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from . import _torch
 
+_OUTSIDE = -1
 _FACTOR, _STEP, _MASK = 214013, 2531011, (1 << 64) - 1
 _FAR = 1 << 16  # draws in one step; further away is another seed
 
@@ -29,31 +32,38 @@ def distance(root: int, seed: int) -> int | None:
 
 
 class Loan:
-    """The seed of one device while replays set others."""
+    """The seed of one device while replays set others. One backward is one loan; outside of any, one replay is."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._root: int | None = None  # while it is lent
-        self._queued = False
+        self._roots: dict[int, int | None] = {}  # by backward that is running
+        self._lent = 0  # outside of any: how deep
 
     def lend(self) -> int:
-        """The running seed; from now until :meth:`settle` its root is remembered."""
-        if self._root is None:
-            self._root = _torch.xla_get_root_seed(self._name)
+        """The running seed. Its root is remembered."""
+        task = _torch.backward_number()
+        if task not in self._roots:
+            self._roots[task] = _torch.xla_get_root_seed(self._name)
+            if task != _OUTSIDE:
+                _torch.at_end_of_backward(partial(self._settle, task))
+        if task == _OUTSIDE:
+            self._lent += 1
         return _torch.xla_get_seed(self._name)
 
     def take_back(self, seed: int) -> None:
-        """Set the running seed, and its root now or when the backward that is running ends."""
+        """Set the running seed; its root follows when the backward that is running ends, or now when none is."""
         _torch.xla_set_seed(seed, self._name)
-        if not _torch.in_backward():
-            self.settle()
-        elif not self._queued:
-            self._queued = True
-            _torch.at_end_of_backward(self.settle)
+        if _torch.backward_number() == _OUTSIDE:
+            self._lent -= 1
+            if self._lent <= 0:
+                self._lent = 0
+                self._settle(_OUTSIDE)
 
-    def settle(self) -> None:
+    def _settle(self, task: int) -> None:
         """Set root and running seed as if no replay had been."""
-        root, self._root, self._queued = self._root, None, False
+        root = self._roots.pop(task, None)
+        if task != _OUTSIDE:  # a backward that failed never settled, and those inside this one have ended
+            self._roots = {t: r for t, r in self._roots.items() if t < task}
         seed = _torch.xla_get_seed(self._name)
         if root is None or root == seed:
             return

@@ -126,6 +126,12 @@ class ScannedDropout(DistckptError, ValueError):
     code = "DC471"
 
 
+class UnitInsideRegion(DistckptError):
+    """A region runs a module that gathers and frees its own parameters, which its replay would upset."""
+
+    code = "DC472"
+
+
 class LoopDraws(DistckptError):
     """A region runs torch_xla's scan, and random numbers were drawn that its replay would draw differently."""
 

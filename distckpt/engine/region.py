@@ -31,7 +31,7 @@ from distckpt.engine import ambient, buffers, inputs, rng, sessions, streams, sw
 from distckpt.engine.barrier import Tie
 from distckpt.engine.devices import choose, current_rule, device_types, stashed_backends
 from distckpt.engine.doubt import Doubtful, settle
-from distckpt.engine.errors import LateDevice, SuppressedException, UnstashedDraw
+from distckpt.engine.errors import LateDevice, SuppressedException, UnitInsideRegion, UnstashedDraw
 from distckpt.engine.events import counters
 from distckpt.engine.inputs import own, tensors
 from distckpt.engine.mismatch import mutated
@@ -267,11 +267,22 @@ def _stash_devices(
         if backend.capabilities.deferred:
             graph = traced_graph()
             if graph is None:
-                backend.refuse_inside(buffers.reached_modules(fn, args, kwargs) or ())
+                unit = backend.unit_among(buffers.reached_modules(fn, args, kwargs) or ())
+                if unit is not None:
+                    raise _unit_inside(unit, describe(fn, r.options))
                 r.tie = Tie(backend, describe(fn, r.options))
             else:
                 r.traced = Traced(graph, r.options, describe(fn, r.options))
                 r.session = r.buffers = None
+
+
+def _unit_inside(unit: str, where: str) -> UnitInsideRegion:
+    return UnitInsideRegion(
+        f"a region runs {unit}",
+        where=where,
+        why="the unit gathers and frees its parameters as it runs, and a replay would do so in the middle of its backward",
+        fix="put the region inside: dc.apply the module first, then wrap it",
+    )
 
 
 def close_region(r: Region, out: Any) -> None:

@@ -53,7 +53,7 @@ def probe(
     *,
     keep_barrier: bool = True,
     devices: int = 1,
-    timeout: float = 120.0,
+    timeout: float = 600.0,
 ) -> Compiled:
     """Run `script` with `argv` on `devices` CPU devices. Raises RuntimeError with its stderr when it fails."""
     with tempfile.TemporaryDirectory() as dump:
@@ -94,7 +94,7 @@ def probe(
 
 
 def probe_once(
-    folder: Path, script: Path, argv: Sequence[str], *, devices: int = 1, timeout: float = 240.0
+    folder: Path, script: Path, argv: Sequence[str], *, devices: int = 1, timeout: float = 1200.0
 ) -> Compiled:
     """`probe(script, argv)`, run by one of the processes that share `folder`; the others wait for its result."""
     name = "-".join([script.stem, *argv])
