@@ -16,6 +16,7 @@ Note [Loops that draw]
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from distckpt_backends import Backend
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from distckpt._torch import node_number, nodes_since
-from distckpt.engine.errors import LoopDraws
+from distckpt.engine.errors import LoopDraws, UnitInsideRegion
 from distckpt.engine.inputs import tensors
 from distckpt.engine.rng import Draw
 
@@ -32,11 +33,22 @@ class Tie:
     """Incoming gradients of one region, and the barrier that binds its replay to them.
 
     Made before the region's function runs, on its thread.
+
+    Raises:
+        UnitInsideRegion: the region runs one of torch_xla's own FSDP units.
     """
 
     __slots__ = ("backend", "first", "grads", "loop", "recording", "thread", "where")
 
-    def __init__(self, backend: Backend, where: str) -> None:
+    def __init__(self, backend: Backend, modules: Iterable[torch.nn.Module], where: str) -> None:
+        unit = backend.unit_among(modules)
+        if unit is not None:
+            raise UnitInsideRegion(
+                f"a region runs {unit}",
+                where=where,
+                why="it gathers and frees its parameters as it runs, and a replay would do so during its backward",
+                fix="put the region inside: dc.apply the module first, then wrap it",
+            )
         self.backend = backend
         self.where = where
         self.first = node_number()

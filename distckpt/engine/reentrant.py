@@ -25,7 +25,7 @@ from distckpt.engine.errors import BadOption, ScannedRegion
 from distckpt.engine.inputs import tensors
 from distckpt.engine.options import Options
 from distckpt.engine.region import Region, abort_region, close_region, open_region
-from distckpt.engine.replay import replay
+from distckpt.engine.replay import replay, stays
 from distckpt.engine.state import Frame, here
 
 
@@ -116,7 +116,7 @@ def _forward(fn: Any, args: tuple[Any, ...], options: Options) -> tuple[Region, 
     region.args = []
     # Nothing saved in here waits for the replay: a gradient taken inside finds its own values.
     pop_saved_tensors_hooks()
-    push_saved_tensors_hooks(region.same, region.same)
+    push_saved_tensors_hooks(stays, stays)
     # The node ties its own inputs to the gradients it is given: no hooks on the outputs, nothing for the replay to do.
     tie, region.tie = region.tie, None
     try:

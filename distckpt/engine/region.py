@@ -31,12 +31,12 @@ from distckpt.engine import ambient, buffers, inputs, rng, sessions, streams, sw
 from distckpt.engine.barrier import Tie
 from distckpt.engine.devices import choose, current_rule, device_types, stashed_backends
 from distckpt.engine.doubt import Doubtful, settle
-from distckpt.engine.errors import LateDevice, SuppressedException, UnitInsideRegion, UnstashedDraw
+from distckpt.engine.errors import LateDevice, SuppressedException, UnstashedDraw
 from distckpt.engine.events import counters
 from distckpt.engine.inputs import own, tensors
 from distckpt.engine.mismatch import mutated
 from distckpt.engine.options import Options
-from distckpt.engine.replay import is_engine_hook, replay
+from distckpt.engine.replay import is_engine_hook, replay, stays
 from distckpt.engine.slot import Slot
 from distckpt.engine.state import here
 from distckpt.engine.traced import Traced
@@ -139,10 +139,6 @@ class Region:
         if current is None and self.session is None and task != -1:
             queue_callback(partial(_end_of_backward, _ref(self)))
 
-    def same(self, value: Any) -> Any:
-        """Both hooks of a region whose saved tensors stay where they are: a traced or a reentrant one."""
-        return value
-
     def clear(self) -> None:
         """Drop recomputed values that nobody asked for."""
         for ref in self.refs:
@@ -166,8 +162,7 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
 
     Raises:
         MixedDeviceTypes: inputs on two device types under the rule ``"error"``.
-        ScannedRegion: in a traced graph, an option that needs a replay.
-        UnitInsideRegion: the call runs a module that its device type cannot replay.
+        ScannedRegion, UnitInsideRegion: an option, or a module, that cannot be replayed there.
     """
     r = Region()
     r.options = options
@@ -206,10 +201,10 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
     if options.context_fn is not None or options.debug or _debug() is not None:
         _enter_forward_context(r)
     try:
-        if r.traced is not None:
-            push_saved_tensors_hooks(r.same, r.same)
-        else:
+        if r.traced is None:
             push_saved_tensors_hooks(_packer(r), r.unpack if strict else r.unpack_as_torch)
+        else:
+            push_saved_tensors_hooks(stays, stays)
     except BaseException:  # under torch.func there are no hooks
         if r.replay_context is not None:
             _leave_forward_context(r, None)
@@ -265,24 +260,12 @@ def _stash_devices(
         r.stash = rng.Stash(chosen, tuple(b for b in backends if b not in chosen))
     for backend in chosen:
         if backend.capabilities.deferred:
-            graph = traced_graph()
+            where, graph = describe(fn, r.options), traced_graph()
             if graph is None:
-                unit = backend.unit_among(buffers.reached_modules(fn, args, kwargs) or ())
-                if unit is not None:
-                    raise _unit_inside(unit, describe(fn, r.options))
-                r.tie = Tie(backend, describe(fn, r.options))
+                r.tie = Tie(backend, buffers.reached_modules(fn, args, kwargs) or (), where)
             else:
-                r.traced = Traced(graph, r.options, describe(fn, r.options))
+                r.traced = Traced(graph, r.options, where)
                 r.session = r.buffers = None
-
-
-def _unit_inside(unit: str, where: str) -> UnitInsideRegion:
-    return UnitInsideRegion(
-        f"a region runs {unit}",
-        where=where,
-        why="the unit gathers and frees its parameters as it runs, and a replay would do so in the middle of its backward",
-        fix="put the region inside: dc.apply the module first, then wrap it",
-    )
 
 
 def close_region(r: Region, out: Any) -> None:

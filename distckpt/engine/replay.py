@@ -73,11 +73,16 @@ def _until_the_end(rest: Any) -> Any:
     return unpack
 
 
+def stays(saved: Any) -> Any:
+    """Both hooks of a region whose saved tensors stay where they are: a traced or a reentrant one."""
+    return saved
+
+
 def is_engine_hook(pair: tuple[Any, Any]) -> bool:
     """Whether a saved-tensor hook pair is a region's own, from a record or a replay."""
     from distckpt.engine.region import Region
 
-    return pair[1] is _from_slot or isinstance(getattr(pair[1], "__self__", None), Region)
+    return pair[1] in (_from_slot, stays) or isinstance(getattr(pair[1], "__self__", None), Region)
 
 
 def _last_living(refs: list[Any]) -> int:
