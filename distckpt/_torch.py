@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -107,6 +107,25 @@ def storage_of(tensor: torch.Tensor) -> tuple[int, int]:
     return storage._cdata, storage.nbytes()
 
 
+node_number: Callable[[], int] = torch.autograd._get_sequence_nr
+"""The number that the next autograd node made on this thread will have."""
+
+
+def nodes_since(number: int, tensors: Iterable[torch.Tensor]) -> Iterator[Any]:
+    """The autograd nodes behind ``tensors`` that were made since :func:`node_number` said ``number``, leaves apart."""
+    waiting = [t.grad_fn for t in tensors]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen and number <= node._sequence_nr() < _LEAF:
+            seen.add(node)
+            yield node
+            waiting += [below for below, _ in node.next_functions]
+
+
+_LEAF = (1 << 64) - 1  # the number of every node that accumulates into a leaf
+
+
 def tls_get(key: str) -> Any:
     """An object stored under ``key`` in the thread state that autograd copies to its device threads."""
     return torch._C._get_obj_in_tls(key) if torch._C._is_key_in_tls(key) else None
@@ -197,6 +216,14 @@ def is_proxy_tracing() -> bool:
 def dispatch_mode_is_on() -> bool:
     """Whether any dispatch mode is on, which autograd takes for tensor subclasses being about."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def traced_graph() -> Any:
+    """The ``torch.fx`` graph that AOTAutograd or export is tracing on this thread, or None."""
+    if not is_proxy_tracing():
+        return None
+    mode: Any = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    return mode.tracer.graph
 
 
 def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:

@@ -7,8 +7,9 @@ import ctypes
 import os
 import struct
 import sys
-from contextlib import AbstractContextManager
-from types import ModuleType
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
@@ -131,6 +132,47 @@ def xla_set_seed(seed: int, device: str) -> None:
     sys.modules["torch_xla"]._XLAC._xla_set_rng_seed(seed, device)
 
 
+def xla_get_root_seed(device: str) -> int | None:
+    """The seed that the running seed of `device` started from. One scalar goes to the device and back.
+
+    None where torch_xla cannot tell. Asking winds the running seed back to it, so that is set again, as a root.
+    """
+    ask = getattr(sys.modules["torch_xla"]._XLAC, "_get_base_seed_as_tensor", None)
+    if ask is None:
+        return None
+    seed = xla_get_seed(device)
+    with _unseen():
+        root = int(ask(device).item()) & ((1 << 64) - 1)
+    xla_set_seed(seed, device)
+    return root
+
+
+def xla_draw(device: torch.device, count: int) -> None:
+    """Draw `count` times on `device` and use nothing: only its running seed moves."""
+    with _unseen():
+        for _ in range(count):
+            torch.rand((), device=device)
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """Run operators that neither autograd nor any mode of the user sees."""
+    from torch.utils._python_dispatch import _disable_current_modes  # torch 2.9 to 2.15
+
+    with torch.no_grad(), torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
+
+
+def backward_number() -> int:
+    """Which backward autograd runs on this thread, by a number that is never used again; -1 for none."""
+    return torch._C._current_graph_task_id()
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Run `callback` when the backward that is running ends."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
 def xla_memory(device: str) -> dict[str, Any]:
     """Memory of `device` in bytes: bytes_used, bytes_limit, peak_bytes_used. RuntimeError on the CPU
     runtime."""
@@ -144,6 +186,26 @@ def xla_barrier(tensors: list[torch.Tensor]) -> None:
     from torch_xla.core import xla_model
 
     xla_model.optimization_barrier_(tensors)
+
+
+def xla_fsdp_unit() -> type | None:
+    """The class of torch_xla's own FSDP units; None while nobody imported it. Imports nothing."""
+    module = sys.modules.get("torch_xla.distributed.fsdp.xla_fully_sharded_data_parallel")
+    return getattr(module, "XlaFullyShardedDataParallel", None)
+
+
+XLA_SCAN_NODE = "ScanBackward"
+"""What autograd calls the node of torch_xla's scan."""
+
+
+def in_xla_scan(thread: int) -> bool:
+    """True when torch_xla's scan is running on a thread, which may be waiting for the backward on another one."""
+    frame: FrameType | None = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch_xla.experimental.scan":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def xla_sync(device: str) -> None:

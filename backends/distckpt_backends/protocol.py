@@ -134,16 +134,24 @@ class Backend:
         elsewhere)."""
         return self.rng_stash(device) != state
 
+    def rng_lend(self, device: torch.device) -> RngState:
+        """`rng_stash` for a replay, which will restore other states and then give this one to `rng_take_back`."""
+        return self.rng_stash(device)
+
+    def rng_take_back(self, device: torch.device, state: RngState) -> None:
+        """Put back what `rng_lend` gave, and whatever the device knows about its random numbers beyond that."""
+        self.rng_restore(device, state)
+
     @contextmanager
     def rng_fork(self, devices: Iterable[torch.device] | None = None) -> Iterator[None]:
         """Put the random state of `devices` (default: the live ones) back on exit, also after an
         exception."""
-        held = [(d, self.rng_stash(d)) for d in (self.live_devices() if devices is None else tuple(devices))]
+        held = [(d, self.rng_lend(d)) for d in (self.live_devices() if devices is None else tuple(devices))]
         try:
             yield
         finally:
             for device, state in held:
-                self.rng_restore(device, state)
+                self.rng_take_back(device, state)
 
     def is_capturing(self, device: torch.device | None = None) -> bool:
         """True while the current stream of `device` records a device graph."""
@@ -202,6 +210,19 @@ class Backend:
         """Inside, each operation is compiled and run alone, so that its rounding depends on nothing around it;
         eager devices are like that anyway. For self-tests that compare bits of two different programs."""
         return nullcontext()
+
+    def unit_among(self, modules: Iterable[torch.nn.Module]) -> str | None:
+        """What and where the first module is, among `modules` and those below, that a region cannot run on this device
+        type; None when there is none. Only deferred backends are asked, once per region."""
+        return None
+
+    def in_loop(self, thread: int) -> bool:
+        """Whether a thread, by its ident, is tracing a compiled loop that seeds random numbers in its own way."""
+        return False
+
+    def has_loop(self, nodes: Iterable[Any]) -> bool:
+        """Whether such a loop is among these autograd nodes."""
+        return False
 
     # For subclasses -----------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ device."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import Any
@@ -15,6 +15,7 @@ from . import _torch
 from .errors import BackendLoadError
 from .protocol import Backend, Capabilities, MemoryStats
 from .state import foreign
+from .xla_seed import Loan
 
 _REASONS = {
     "multi_device": "one XLA program runs on one device; tensors of another reach it through the host",
@@ -36,6 +37,7 @@ class XlaBackend(Backend):
 
     def __init__(self) -> None:
         self._names: dict[torch.device, str] = {}  # checked devices
+        self._loans: dict[torch.device, Loan] = {}
         self._live: tuple[torch.device, ...] = ()
         self._flags: Capabilities | None = None
 
@@ -106,6 +108,18 @@ class XlaBackend(Backend):
             raise foreign("xla", "an unsigned 64-bit int", state)
         _torch.xla_set_seed(state, name)
 
+    def rng_lend(self, device: torch.device) -> int:
+        return self._loan(device).lend()
+
+    def rng_take_back(self, device: torch.device, state: int) -> None:
+        self._loan(device).take_back(state)
+
+    def _loan(self, device: torch.device) -> Loan:
+        loan = self._loans.get(device)
+        if loan is None:
+            loan = self._loans[device] = Loan(self._name(device))
+        return loan
+
     def _name(self, device: torch.device) -> str:
         if not isinstance(device, torch.device) or device.type != "xla" or device not in self.live_devices():
             raise self._bad_device(device)
@@ -145,6 +159,21 @@ class XlaBackend(Backend):
     def one_by_one(self) -> AbstractContextManager[Any]:
         self._import()
         return _torch.xla_eager()
+
+    def unit_among(self, modules: Iterable[torch.nn.Module]) -> str | None:
+        unit = _torch.xla_fsdp_unit()
+        if unit is not None:
+            for root in modules:
+                for name, module in root.named_modules():
+                    if isinstance(module, unit):
+                        return f"{unit.__name__} at {'.'.join(filter(None, (type(root).__name__, name)))}"
+        return None
+
+    def in_loop(self, thread: int) -> bool:
+        return _torch.in_xla_scan(thread)
+
+    def has_loop(self, nodes: Iterable[Any]) -> bool:
+        return any(node.name() == _torch.XLA_SCAN_NODE for node in nodes)
 
     def _import(self) -> None:
         reason = self.why_unavailable()

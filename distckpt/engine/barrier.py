@@ -6,30 +6,79 @@ Note [Barrier]
     the inputs of the replay go through one barrier together with the gradients that arrived at the region's outputs:
     the replay cannot exist before them. Inputs alone double the work and save no memory. The technique is
     pytorch/xla#3455 and #3486; tying to the gradients is what its FSDP does.
+
+Note [Loops that draw]
+    torch_xla's scan seeds its iterations from the device's state and from how many draws lie between the last seeding
+    of the device and the loop. A replay can put the state back but not that distance, so it would draw other numbers.
+    A region around such a loop is refused. A loop that draws nothing is replayed like anything else.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from distckpt_backends import Backend
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from distckpt._torch import node_number, nodes_since
+from distckpt.engine.errors import LoopDraws, UnitInsideRegion
 from distckpt.engine.inputs import tensors
+from distckpt.engine.rng import Draw
 
 
 class Tie:
-    """Incoming gradients of one region, and the barrier that binds its replay to them."""
+    """Incoming gradients of one region, and the barrier that binds its replay to them.
 
-    __slots__ = ("backend", "grads")
+    Made before the region's function runs, on its thread.
 
-    def __init__(self, backend: Backend) -> None:
+    Raises:
+        UnitInsideRegion: the region runs one of torch_xla's own FSDP units.
+    """
+
+    __slots__ = ("backend", "first", "grads", "loop", "recording", "thread", "where")
+
+    def __init__(self, backend: Backend, modules: Iterable[torch.nn.Module], where: str) -> None:
+        unit = backend.unit_among(modules)
+        if unit is not None:
+            raise UnitInsideRegion(
+                f"a region runs {unit}",
+                where=where,
+                why="it gathers and frees its parameters as it runs, and a replay would do so during its backward",
+                fix="put the region inside: dc.apply the module first, then wrap it",
+            )
         self.backend = backend
+        self.where = where
+        self.first = node_number()
+        self.recording = True
+        self.thread = threading.get_ident()
+        self.loop = False  # a compiled loop was seen while the region was recorded
         self.grads: list[torch.Tensor] = []
+
+    def refuse_loop(self, draws: list[Draw] | None, out: Any, first: int | None = None) -> None:
+        """When the region has run, and drew what ``draws`` says.
+
+        ``first`` bounds the search for the loop: an autograd node's number, by default that of the record.
+
+        Raises:
+            LoopDraws: it drew on this device and ran a compiled loop, which may have been what drew.
+        """
+        if not any(getattr(draw.stream, "backend", None) is self.backend for draw in draws or ()):
+            return
+        first = self.first if first is None else first
+        if self.loop or self.backend.has_loop(nodes_since(first, tensors(out))):
+            raise LoopDraws(
+                "a region runs torch_xla's scan and draws random numbers",
+                where=self.where,
+                why="the scan would draw other numbers when it is replayed, even from the same random state",
+                fix="put the region inside the layer that is scanned, or the random part outside the region",
+            )
 
     def attach(self, out: Any) -> None:
         """Collect the gradients of the region's outputs when they arrive, before any slot is unpacked."""
+        self.recording = False
         grads = self.grads
 
         def arrived(found: tuple[torch.Tensor | None, ...]) -> None:
@@ -45,6 +94,8 @@ class Tie:
         Every reference to a gradient is dropped: a tensor that is alive at the next step mark becomes an output
         of the program.
         """
+        if self.recording and self.backend.in_loop(self.thread):
+            self.loop = True  # it takes a gradient while it is traced, which replays a region around it
         grads = [g for g in self.grads if g.device.type == self.backend.device_type]
         self.grads.clear()
         leaves, spec = tree_flatten((args, kwargs))

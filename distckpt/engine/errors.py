@@ -112,3 +112,27 @@ class StreamError(DistckptError, ValueError):
     """A random stream was registered twice, or is not one."""
 
     code = "DC116"
+
+
+class ScannedRegion(DistckptError, ValueError):
+    """A region in a layer that torch_xla's scan traces asks for what only a replay could do."""
+
+    code = "DC470"
+
+
+class ScannedDropout(DistckptError, ValueError):
+    """A region in a layer that torch_xla's scan traces uses the fused dropout operator."""
+
+    code = "DC471"
+
+
+class UnitInsideRegion(DistckptError):
+    """A region runs a module that gathers and frees its own parameters, which its replay would upset."""
+
+    code = "DC472"
+
+
+class LoopDraws(DistckptError):
+    """A region runs torch_xla's scan, and random numbers were drawn that its replay would draw differently."""
+
+    code = "DC473"

@@ -13,14 +13,20 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
-from distckpt._torch import call_without_dynamo, dynamo_callback, reentrant_backward_allowed
+from distckpt._torch import (
+    call_without_dynamo,
+    dynamo_callback,
+    pop_saved_tensors_hooks,
+    push_saved_tensors_hooks,
+    reentrant_backward_allowed,
+)
 from distckpt.engine.barrier import Tie
-from distckpt.engine.errors import BadOption
+from distckpt.engine.errors import BadOption, ScannedRegion
 from distckpt.engine.events import failed
 from distckpt.engine.inputs import tensors
 from distckpt.engine.options import Options
 from distckpt.engine.region import Region, abort_region, close_region, open_region
-from distckpt.engine.replay import replay
+from distckpt.engine.replay import replay, stays
 from distckpt.engine.state import here
 
 
@@ -81,6 +87,10 @@ class CheckpointFunction(Function):
             _, inputs, _ = ctx.tie.bind(None, inputs, {})
         detached = detach_variable(tuple(inputs))
         outputs = _recompute(ctx.region, detached)
+        if ctx.tie is not None:
+            ctx.tie.refuse_loop(
+                ctx.region.draws, outputs, first=0
+            )  # nodes of this thread, back to the inputs
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [
             (o, g)
@@ -95,7 +105,19 @@ class CheckpointFunction(Function):
 
 def _forward(fn: Any, args: tuple[Any, ...], options: Options) -> tuple[Region, Tie | None, Any]:
     region = open_region(fn, args, {}, options)
+    if region.traced is not None:
+        error = ScannedRegion(
+            "a reentrant region in a traced graph",
+            where=region.traced.where,
+            why="its backward runs a backward of its own, which a compiler cannot trace",
+            fix="leave use_reentrant at its default, False",
+        )
+        abort_region(region, error)
+        raise error
     region.args = []
+    # Nothing saved in here waits for the replay: a gradient taken inside finds its own values.
+    pop_saved_tensors_hooks()
+    push_saved_tensors_hooks(stays, stays)
     # The node ties its own inputs to the gradients it is given: no hooks on the outputs, nothing for the replay to do.
     tie, region.tie = region.tie, None
     try:

@@ -26,6 +26,7 @@ from distckpt._torch import (
     push_saved_tensors_hooks,
     queue_callback,
     top_saved_tensors_hooks,
+    traced_graph,
 )
 from distckpt.engine import ambient, buffers, inputs, rng, sessions, streams, switches
 from distckpt.engine.barrier import Tie
@@ -37,9 +38,10 @@ from distckpt.engine.inputs import own, tensors
 from distckpt.engine.mismatch import mutated
 from distckpt.engine.modes import other_way
 from distckpt.engine.options import Options
-from distckpt.engine.replay import is_engine_hook, replay
+from distckpt.engine.replay import is_engine_hook, replay, stays
 from distckpt.engine.slot import Slot
 from distckpt.engine.state import here
+from distckpt.engine.traced import Traced
 from distckpt.engine.verify import Verifier
 
 _ref = weakref.ref
@@ -80,6 +82,9 @@ class Region:
     log: Any = None
     verifier: Verifier | None = None
     tie: Tie | None = None
+    traced: Traced | None = (
+        None  # inside a graph that is being traced: nothing is dropped here, nothing replayed
+    )
     marks: Any = None  # under the user's hooks: what the inputs were, since autograd then checks no versions
 
     @opaque_to_dynamo
@@ -191,6 +196,7 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
 
     Raises:
         MixedDeviceTypes: inputs on two device types under the rule ``"error"``.
+        ScannedRegion, UnitInsideRegion: an option, or a module, that cannot be replayed there.
     """
     r = Region()
     r.options = options
@@ -234,7 +240,10 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
     if options.context_fn is not None or options.debug or _debug() is not None:
         _enter_forward_context(r)
     try:
-        push_saved_tensors_hooks(_packer(r), r.unpack if strict else r.unpack_as_torch)
+        if r.traced is None:
+            push_saved_tensors_hooks(_packer(r), r.unpack if strict else r.unpack_as_torch)
+        else:
+            push_saved_tensors_hooks(stays, stays)
     except BaseException:  # under torch.func there are no hooks
         if r.replay_context is not None:
             _leave_forward_context(r, None)
@@ -296,7 +305,12 @@ def _stash_devices(
         r.stash = rng.Stash(chosen, tuple(b for b in backends if b not in chosen))
     for backend in chosen:
         if backend.capabilities.deferred:
-            r.tie = Tie(backend)
+            where, graph = describe(fn, r.options), traced_graph()
+            if graph is None:
+                r.tie = Tie(backend, buffers.reached_modules(fn, args, kwargs) or (), where)
+            else:
+                r.traced = Traced(graph, r.options, where)
+                r.session = r.buffers = None
 
 
 def close_region(r: Region, out: Any) -> None:
@@ -306,6 +320,7 @@ def close_region(r: Region, out: Any) -> None:
         UnstashedDraw: random numbers were drawn on a device that the region does not stash.
         LateDevice: a device type came up inside the region.
         BufferChanged: a large buffer changed for the first time.
+        ScannedRegion, ScannedDropout: in a traced graph, a value was pinned or the fused dropout used.
     """
     pop_saved_tensors_hooks()
     here.frame = r.outer
@@ -330,7 +345,10 @@ def close_region(r: Region, out: Any) -> None:
     if r.verifier is not None:
         r.verifier.seal(r.buffers)
     if r.tie is not None:
+        r.tie.refuse_loop(r.draws, out)
         r.tie.attach(out)
+    elif r.traced is not None:
+        r.traced.seal(r.pins)
 
 
 def abort_region(r: Region, error: BaseException) -> None:

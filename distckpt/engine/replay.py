@@ -74,6 +74,11 @@ def _until_the_end(rest: Any) -> Any:
     return unpack
 
 
+def stays(saved: Any) -> Any:
+    """Both hooks of a region whose saved tensors stay where they are: a traced or a reentrant one."""
+    return saved
+
+
 def is_engine_hook(pair: tuple[Any, Any]) -> bool:
     """Whether a saved-tensor hook pair is the engine's own, from a record or a replay of any kind."""
     return str(getattr(pair[1], "__module__", "")).startswith("distckpt.engine.")

@@ -51,6 +51,21 @@ class Generator:
     def moved(self, state: Any) -> bool:
         return self.backend.rng_moved(self.device, state)
 
+    lend = get_state
+    take_back = set_state
+
+
+class DeferredGenerator(Generator):
+    """A generator whose device knows more than its state says."""
+
+    __slots__ = ()
+
+    def lend(self) -> Any:
+        return self.backend.rng_lend(self.device)
+
+    def take_back(self, state: Any) -> None:
+        self.backend.rng_take_back(self.device, state)
+
 
 _CPU_STREAM: Any = Generator(CPU, CPU_DEVICE)
 
@@ -91,7 +106,8 @@ class Stash:
 
 
 def _generators(backend: Backend) -> list[Generator]:
-    return [Generator(backend, device) for device in backend.live_devices()]
+    kind = DeferredGenerator if backend.capabilities.deferred else Generator
+    return [kind(backend, device) for device in backend.live_devices()]
 
 
 class CpuState:
@@ -137,7 +153,7 @@ def rewind_idle(cpu: CpuState | None, idle: list[Draw] | None) -> list[tuple[Any
 
 def rewind(draws: list[Draw]) -> list[tuple[Any, Any]]:
     """Put every stream where the forward began; returns what :func:`put_back` needs."""
-    held = [(draw.stream, draw.stream.get_state()) for draw in draws]
+    held = [(draw.stream, draw.stream.lend()) for draw in draws]
     for draw in draws:
         draw.stream.set_state(draw.before)
     return held
@@ -146,7 +162,7 @@ def rewind(draws: list[Draw]) -> list[tuple[Any, Any]]:
 def put_back(held: list[tuple[Any, Any]]) -> None:
     """Undo :func:`rewind`."""
     for stream, state in held:
-        stream.set_state(state)
+        stream.take_back(state)
 
 
 def pending(draws: list[Draw]) -> list[Draw]:

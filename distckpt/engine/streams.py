@@ -21,6 +21,14 @@ class Stream:
         self.get_state = get_state
         self.set_state = set_state
 
+    def lend(self) -> Any:
+        """The state before a replay sets another."""
+        return self.get_state()
+
+    def take_back(self, state: Any) -> None:
+        """Put back what :meth:`lend` gave."""
+        self.set_state(state)
+
     def moved(self, state: Any) -> bool:
         """Whether anything was drawn since ``state`` was read."""
         return not same(self.get_state(), state)

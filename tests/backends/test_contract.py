@@ -126,6 +126,18 @@ def test_a_fork_puts_the_states_back_also_after_an_exception(target: Target) -> 
     assert not any(target.backend.rng_moved(d, s) for d, s in zip(target.devices, states, strict=True))
 
 
+def test_what_was_lent_is_taken_back(target: Target) -> None:
+    for device in target.devices:
+        torch.rand(3, device=device)
+        state = target.backend.rng_lend(device)
+        inner = target.backend.rng_lend(device)
+        torch.rand(5, device=device)
+        target.backend.rng_take_back(device, inner)
+        torch.rand(2, device=device)
+        target.backend.rng_take_back(device, state)
+        assert not target.backend.rng_moved(device, state)
+
+
 def test_a_device_of_another_type_or_index_is_refused(target: Target) -> None:
     kind = target.backend.device_type
     if kind == "cpu":

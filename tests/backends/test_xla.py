@@ -7,8 +7,11 @@ from typing import Any
 import distckpt_backends
 import pytest
 import torch
+import torch.nn.functional as F
 from distckpt_backends.errors import BackendLoadError
 from distckpt_backends.xla import XlaBackend
+
+import distckpt as dc
 
 pytestmark = pytest.mark.xla
 
@@ -123,3 +126,56 @@ def test_without_torch_xla_the_reason_says_so_and_use_is_a_coded_error(
     assert "wrong torch" in str(backend.why_unavailable())
     with pytest.raises(BackendLoadError, match=r"^\[DC206\] "):
         backend.current_device()
+
+
+def drop(x: torch.Tensor) -> torch.Tensor:
+    return F.dropout(x.sin(), 0.5).cos()
+
+
+def by_backward(xla: XlaBackend, x: torch.Tensor) -> None:
+    dc.checkpoint(drop, x).sum().backward()
+
+
+def by_session(xla: XlaBackend, x: torch.Tensor) -> None:
+    with dc.session() as session:
+        kept = dc.checkpoint(drop, x)
+    session.replay()
+    del kept
+
+
+def by_fork(xla: XlaBackend, x: torch.Tensor) -> None:
+    drop(x)
+    with xla.rng_fork([x.device]), xla.rng_fork([x.device]):
+        xla.rng_restore(x.device, 99)
+
+
+def future(xla: XlaBackend, use: Any) -> tuple[int, list[float], int]:
+    """The random state after `use`, what is drawn then, and the state after the next flush."""
+    device = torch.device("xla", 0)
+    xla.rng_restore(device, 7)
+    torch.rand(2, device=device)
+    use(xla, torch.ones(4, device=device, requires_grad=True))
+    state, drawn = xla.rng_stash(device), torch.rand(3, device=device)
+    xla.synchronize(device)
+    return state, drawn.tolist(), xla.rng_stash(device)
+
+
+@pytest.mark.parametrize("use", [by_backward, by_session, by_fork])
+def test_what_is_drawn_after_a_replay_and_after_the_next_flush_is_as_without(
+    xla: XlaBackend, use: Any
+) -> None:
+    # a flush reseeds from the root of the seed, which a restore replaces
+    plain = future(xla, lambda _, x: drop(x))
+    assert future(xla, use) == plain
+    assert future(xla, use) == plain
+
+
+def test_a_backward_that_fails_spoils_no_later_one(xla: XlaBackend) -> None:
+    def fail(_: torch.Tensor) -> None:
+        raise ZeroDivisionError
+
+    x = torch.ones(4, device="xla", requires_grad=True)
+    x.register_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        by_backward(xla, x)
+    assert future(xla, by_backward) == future(xla, lambda _, x: drop(x))

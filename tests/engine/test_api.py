@@ -229,6 +229,20 @@ def test_the_reentrant_form_is_exact() -> None:
     exact(program, use_reentrant=True)
 
 
+def test_a_gradient_taken_inside_a_reentrant_region_is_exact() -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            inner = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(inner.sin().exp().sum(), inner)
+        return x * slope
+
+    x = torch.randn(4, requires_grad=True)
+    (plain,) = torch.autograd.grad(program(x).sum(), x)
+    dc.checkpoint(program, x, use_reentrant=True).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(plain, x.grad)
+
+
 @pytest.mark.parametrize("place", sorted(set(PLACES) - {"positional"}))
 def test_the_reentrant_form_refuses_tensors_that_its_node_cannot_take(place: str) -> None:
     fn, args, kwargs = PLACES[place](leaf(3))

@@ -23,9 +23,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
-COUNTED = ("dot", "erf", "tanh", "opt-barrier", "while", "rng-bit-generator")
+COUNTED = (
+    *("dot", "erf", "tanh", "opt-barrier", "while", "rng-bit-generator"),
+    *("all-gather", "all-reduce", "reduce-scatter"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Compiled:
     """Operations by name, in the whole optimised program."""
     temp_bytes: int
     """Bytes of the buffers that hold intermediate values."""
+    barriers: list[str]
+    """Shapes of what each optimization barrier ties together, such as "f32[64,128] f32[64,128]"; per device."""
     result: Any
     """The last line the script printed, as JSON."""
 
@@ -46,7 +53,7 @@ def probe(
     *,
     keep_barrier: bool = True,
     devices: int = 1,
-    timeout: float = 120.0,
+    timeout: float = 600.0,
 ) -> Compiled:
     """Run `script` with `argv` on `devices` CPU devices. Raises RuntimeError with its stderr when it fails."""
     with tempfile.TemporaryDirectory() as dump:
@@ -74,15 +81,21 @@ def probe(
         buffers = programs[-1].with_name(programs[-1].stem + "-buffer-assignment.txt").read_text()
     lines = done.stdout.strip().splitlines()
     return Compiled(
-        ops={name: len(re.findall(rf"= [^=]*? {name}\(", text)) for name in COUNTED},
+        ops={name: len(re.findall(rf" {name}\(", text)) for name in COUNTED},
         temp_bytes=sum(
             int(size) for size in re.findall(r"^allocation \d+: size (\d+), preallocated-temp", buffers, re.M)
         ),
+        barriers=[
+            " ".join(re.findall(r"\w+\[[\d,]*\]", shapes))
+            for shapes in re.findall(r"= (.*) opt-barrier\(", text)
+        ],
         result=json.loads(lines[-1]) if lines else None,
     )
 
 
-def probe_once(folder: Path, script: Path, argv: Sequence[str], *, timeout: float = 240.0) -> Compiled:
+def probe_once(
+    folder: Path, script: Path, argv: Sequence[str], *, devices: int = 1, timeout: float = 1200.0
+) -> Compiled:
     """`probe(script, argv)`, run by one of the processes that share `folder`; the others wait for its result."""
     name = "-".join([script.stem, *argv])
     done = folder / f"{name}.json"
@@ -96,7 +109,7 @@ def probe_once(folder: Path, script: Path, argv: Sequence[str], *, timeout: floa
             time.sleep(0.2)
     else:
         try:
-            found = asdict(probe(script, argv, timeout=timeout))
+            found = asdict(probe(script, argv, devices=devices, timeout=timeout))
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             found = {"failed": str(error)}
         draft = done.with_suffix(".draft")
@@ -106,3 +119,9 @@ def probe_once(folder: Path, script: Path, argv: Sequence[str], *, timeout: floa
     if "failed" in found:
         raise RuntimeError(found["failed"])
     return Compiled(**found)
+
+
+def shared_folder(factory: pytest.TempPathFactory, config: pytest.Config) -> Path:
+    """A folder for :func:`probe_once` that every worker of this run shares."""
+    folder = factory.getbasetemp()
+    return folder.parent if hasattr(config, "workerinput") else folder

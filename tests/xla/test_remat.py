@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.xla.probe import Compiled, probe_once
+from tests.xla.probe import Compiled, probe_once, shared_folder
 
 SCRIPT = Path(__file__).with_name("step.py")
 
@@ -19,9 +19,7 @@ LAYERS, PRODUCTS = 8, 48  # two matrix products per block forward, four backward
 @pytest.fixture
 def step(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Step:
     """The compiled step of a variant; each is compiled once per run, whatever number of workers there is."""
-    folder = tmp_path_factory.getbasetemp()
-    if hasattr(request.config, "workerinput"):
-        folder = folder.parent
+    folder = shared_folder(tmp_path_factory, request.config)
     return lambda variant, *options: probe_once(folder, SCRIPT, [variant, *options])
 
 
