@@ -110,6 +110,9 @@ class Switch:
     def set_state(self, state: Now) -> None:
         self.now = state
 
+    lend = get_state
+    take_back = set_state
+
     def moved(self, state: Now) -> bool:
         now = self.now
         return now is not state and not (
