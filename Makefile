@@ -9,12 +9,13 @@ BIN := $(VENV)/bin
 # Two test workers on two cores: one thread each.
 ONE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help test demo test-xla lint format types floors clean
+.PHONY: help test demo test-xla lint format types floors docs clean
 
 help:
 	@echo "make demo      train a small GPT on 2 ranks three times and compare: none, torch, distckpt"
 	@echo "make test      lint, types, import floors, tests"
 	@echo "make test-xla  the XLA suite on torch 2.9 + torch-xla 2.9 (a 3 GB download the first time)"
+	@echo "make docs      the pages of docs/ as a site in site/"
 	@echo "make format    ruff format and the fixes ruff can make"
 
 $(VENV)/.installed: pyproject.toml constraints-dev.txt
@@ -40,6 +41,9 @@ types: $(VENV)/.installed
 floors: $(VENV)/.installed
 	PYTHONPATH=.:backends $(BIN)/lint-imports --no-cache
 
+docs: $(VENV)/.installed
+	$(BIN)/python -m mkdocs build --strict
+
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -53,4 +57,4 @@ test-xla: $(XLA)/.installed
 		tests/backends tests/engine tests/policy tests/modules tests/compat
 
 clean:
-	rm -rf $(VENV) $(XLA) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(XLA) build dist site .pytest_cache .ruff_cache

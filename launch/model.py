@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,8 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width)
         self.drop = nn.Dropout(dropout)
         self.region: Region = plain
+        # Around what is dropped inside attention: a rank that has some of the heads draws from a stream of its own.
+        self.own_heads: Callable[[], AbstractContextManager[None]] = nullcontext
         self.runs = 0  # executions of the body: one per forward, one more per replay
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -51,7 +54,8 @@ class Block(nn.Module):
         # By heads, so that a share of the rows is a share of the heads; how many are here the rows tell.
         q, k, v = self.qkv(x).view(batch, context, -1, 3, self.head_width).permute(3, 0, 2, 1, 4)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        with self.own_heads():
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 

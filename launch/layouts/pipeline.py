@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
+import distckpt as dc
 from launch.errors import BadOption
 from launch.layouts.base import Layout, build
 from launch.layouts.replicas import shard
@@ -59,6 +60,9 @@ class Pipeline(Layout):
         ]
         self._last = stages - 1 in mine
         self._schedule = self._make(kind, many, options)
+        if mode == "distckpt":
+            # One replay per block and micro-batch, made while the gradient is on its way.
+            dc.Coordinator().attach(self._schedule, early_replay=options.early_replay)
         self._before_backward: Callable[[], None] | None = None
         for stage in self._stages:
             self._tell_of_backward(stage)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+import distckpt as dc
 from launch.errors import BadOption
 from launch.layouts.base import Layout, build
 from launch.modes import put
@@ -26,7 +29,8 @@ class TensorParallel(Layout):
     """Attention by heads and the MLP by channels; one all-reduce after each, also in a replay.
 
     What is dropped between the blocks is whole on every rank, so every rank drops the same: ``rng_rank`` is 0. What is
-    dropped inside attention is this rank's own.
+    dropped inside attention is of this rank's heads, and drawn from the stream ``tensor-parallel``. The streams of a
+    step are seeded by a draw that is the same on every rank, so there is nothing more to save for a resume.
     """
 
     def __init__(self, options: Options, mode: str, world: World) -> None:
@@ -39,17 +43,24 @@ class TensorParallel(Layout):
         mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=("tp",))
         for block in model.blocks:
             parallelize_module(block, mesh, _PLAN)
+            block.own_heads = partial(dc.rng.stream, "tensor-parallel")  # type: ignore[assignment]
         put(model, mode)
         self.model = model
+        self._mesh = mesh
 
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.model(inputs, targets)
+        with self._streams():
+            return self.model(inputs, targets)
+
+    def _streams(self) -> contextlib.AbstractContextManager[object]:
+        return dc.rng.seed_streams(self._mesh, int(torch.randint(2**31, ())))
 
     def step(
         self, inputs: torch.Tensor, targets: torch.Tensor, before_backward: Callable[[], None] | None = None
     ) -> torch.Tensor:
-        loss = self.forward(inputs, targets)
-        if before_backward is not None:
-            before_backward()
-        loss.backward()
+        with self._streams():
+            loss = self.model(inputs, targets)
+            if before_backward is not None:
+                before_backward()
+            loss.backward()
         return loss.detach()
