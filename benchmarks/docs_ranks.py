@@ -14,7 +14,8 @@ RANKS_CHECK = """## Agreement of ranks
 turns, so the times are bounds from above. `agree` is the median over the checks of the slowest rank's time, `worst`
 the slowest check, `differ` the time until the last rank has raised when one rank has other regions. `requests` and
 `bytes` (keys and values) are those of one check, all ranks together: 6 requests per rank and 7 more in all. `group` is
-what `init_process_group` takes for the same ranks, for comparison.
+what `init_process_group` takes for the same ranks; its jump at 32 ranks came with failed host name look-ups in the log
+and says nothing about gloo.
 """
 
 RANKS_FSDP = """## FSDP2 on two ranks
