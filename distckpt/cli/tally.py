@@ -11,7 +11,7 @@ import torch
 
 from distckpt.engine.events import counters
 from distckpt.engine.inputs import tensors
-from distckpt.engine.region import observe
+from distckpt.engine.record import observe
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,8 @@ from distckpt._torch import (
 from distckpt.engine import switches
 from distckpt.engine.api import chunk, run_chunk
 from distckpt.engine.options import CHECKS, Options
-from distckpt.engine.record import record
+from distckpt.engine.record import abort_region, close_region, open_region, record
 from distckpt.engine.reentrant import CheckpointFunction
-from distckpt.engine.region import abort_region, close_region, open_region
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 

@@ -18,7 +18,7 @@ def run(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
     """``fn(*args, **kwargs)`` as a non-reentrant region; torch's operator while Dynamo traces.
 
     Raises:
-        DistckptError: see :mod:`distckpt.engine.region`.
+        DistckptError: see :mod:`distckpt.engine.record`.
     """
     if _is_dynamo_compiling():
         return torch_operator(fn, args, kwargs, for_torch(options))

@@ -25,7 +25,8 @@ from distckpt.engine.errors import BadOption, ScannedRegion
 from distckpt.engine.events import failed
 from distckpt.engine.inputs import tensors
 from distckpt.engine.options import Options
-from distckpt.engine.region import Region, abort_region, close_region, open_region
+from distckpt.engine.record import abort_region, close_region, open_region
+from distckpt.engine.region import Region
 from distckpt.engine.replay import replay, stays
 from distckpt.engine.state import here
 

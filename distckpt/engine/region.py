@@ -6,53 +6,37 @@ with that graph. It owns what a replay needs: inputs, RNG stash, ambient state, 
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections.abc import Callable
-from contextvars import Context, copy_context
+from contextvars import Context
 from functools import partial
 from typing import Any
 
 import torch
-from distckpt_backends import live
 
 from distckpt._torch import (
     call_without_dynamo,
     dynamo_callback,
     graph_task_id,
-    make_saved_tensor,
     opaque_to_dynamo,
-    pop_saved_tensors_hooks,
-    push_saved_tensors_hooks,
     queue_callback,
-    top_saved_tensors_hooks,
-    traced_graph,
 )
-from distckpt.engine import ambient, buffers, inputs, rng, sessions, streams, switches
+from distckpt.engine import ambient, rng, sessions
 from distckpt.engine.barrier import Tie
-from distckpt.engine.devices import choose, current_rule, device_types, stashed_backends
 from distckpt.engine.doubt import Doubtful, settle
-from distckpt.engine.errors import LateDevice, SuppressedException, UnstashedDraw
-from distckpt.engine.events import counters, failed
-from distckpt.engine.inputs import own, tensors
+from distckpt.engine.events import failed
 from distckpt.engine.mismatch import mutated
 from distckpt.engine.modes import other_way
 from distckpt.engine.options import Options
-from distckpt.engine.replay import is_engine_hook, replay, stays
+from distckpt.engine.replay import replay
 from distckpt.engine.slot import Slot
-from distckpt.engine.state import here
 from distckpt.engine.traced import Traced
 from distckpt.engine.verify import Verifier
 
 _ref = weakref.ref
-_Tensor = torch.Tensor
-_observer: Callable[[Region, Any], None] | None = None
-_early_stop = switches.early_stop.get
-_debug = switches.debug.get
 
 
 class Region:
-    """One checkpointed call. Made by :func:`open_region`, finished by :func:`close_region`."""
+    """One checkpointed call. Made, recorded and closed in ``record.py``."""
 
     # Most regions need few of these; a class default costs nothing per call.
     fn: Any
@@ -154,7 +138,7 @@ class Region:
         self.backward = task if current is None else current
         if self.session is not None:
             self.session.replayed(self)
-        elif current is None and task != -1:
+        elif current is None and task != -1 and len(self.refs) > 1:  # a single value is taken at once
             queue_callback(partial(_end_of_backward, _ref(self)))
 
     def living(self) -> list[Slot]:
@@ -186,249 +170,6 @@ def _end_of_backward(ref: weakref.ref[Region]) -> None:
     region = ref()
     if region is not None and region.session is None:
         region.clear()
-
-
-def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Region:
-    """Begin the record of ``fn(*args, **kwargs)`` on this thread: from here on its saved tensors become slots.
-
-    The caller runs the function and then calls :func:`close_region`, or :func:`abort_region` if it raised.
-    Grad mode must be on.
-
-    Raises:
-        MixedDeviceTypes: inputs on two device types under the rule ``"error"``.
-        ScannedRegion, UnitInsideRegion: an option, or a module, that cannot be replayed there.
-    """
-    r = Region()
-    r.options = options
-    early = _early_stop()
-    r.early_stop = options.early_stop if early is None else early
-    strict = options.strict
-    hooks = top_saved_tensors_hooks()
-    if hooks is not None and not is_engine_hook(hooks):
-        r.marks = inputs.marks((fn, args, kwargs) if strict else args)
-    if strict:
-        if options.partition is None:
-            r.fn = own(fn) if type(fn) is partial else fn
-            r.args = [make_saved_tensor(a, False) if isinstance(a, _Tensor) else own(a) for a in args]
-            if kwargs:
-                r.kwargs = own(kwargs)
-        else:
-            r.fn, r.args, r.kwargs = options.partition.own(fn, args, kwargs)
-        r.buffers = buffers.watch(fn, args, kwargs)
-    else:
-        r.fn = fn
-        r.args = [make_saved_tensor(a, False) if isinstance(a, _Tensor) else a for a in args]
-        if kwargs:
-            r.kwargs = kwargs
-    r.lock = threading.RLock()
-    r.context = copy_context()
-    r.ambient = ambient.snapshot()
-    if sessions.any_open():
-        sessions.enroll(r)
-    backends = live()
-    if backends:
-        _stash_devices(r, fn, args, kwargs, backends)
-    elif streams.registered() and options.preserve_rng_state:
-        r.stash = rng.Stash((), ())
-    if options.preserve_rng_state:
-        r.rng_before = rng.cpu_before()
-    r.refs = []
-    counters.regions += 1
-    if _observer is not None:
-        _observer(r, (fn, args, kwargs))
-    r.outer = here.frame
-    if options.context_fn is not None or options.debug or _debug() is not None:
-        _enter_forward_context(r)
-    try:
-        if r.traced is None:
-            push_saved_tensors_hooks(_packer(r), r.unpack if strict else r.unpack_as_torch)
-        else:
-            push_saved_tensors_hooks(stays, stays)
-    except BaseException:  # under torch.func there are no hooks
-        if r.replay_context is not None:
-            _leave_forward_context(r, None)
-        raise
-    here.frame = r
-    return r
-
-
-def observe(seen: Callable[[Region, Any], None] | None) -> None:
-    """Call ``seen(region, its call)`` whenever a region is opened, on the thread that opens it; None ends that."""
-    global _observer
-    _observer = seen
-
-
-def _packer(r: Region) -> Any:
-    check = r.options.determinism_check
-    add = r.refs.append
-    if check == "default":
-
-        def pack(x: torch.Tensor) -> Slot:
-            slot = Slot()
-            slot.value = None
-            slot.meta = (x.shape, x.dtype, x.device, x._version)
-            add(_ref(slot))
-            return slot
-
-    elif check == "none":
-
-        def pack(x: torch.Tensor) -> Slot:
-            slot = Slot()
-            slot.value = None
-            slot.meta = (None, None, None, x._version)
-            add(_ref(slot))
-            return slot
-
-    else:
-        verifier = r.verifier = Verifier(check)
-
-        def pack(x: torch.Tensor) -> Slot:
-            slot = Slot()
-            slot.value = None
-            slot.meta = (x.shape, x.dtype, x.device, x._version)
-            add(_ref(slot))
-            verifier.saw(x)
-            return slot
-
-    return pack
-
-
-def _stash_devices(
-    r: Region, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], backends: tuple[Any, ...]
-) -> None:
-    strict = r.options.strict
-    met = tensors((fn, args, kwargs) if strict else args)
-    name = current_rule("error" if strict else "warn")
-    types = choose(device_types(met), name, describe(fn, r.options))
-    chosen = backends if name == "all" else stashed_backends(types, backends)
-    if r.options.preserve_rng_state:
-        r.stash = rng.Stash(chosen, tuple(b for b in backends if b not in chosen))
-    for backend in chosen:
-        if backend.capabilities.deferred:
-            where, graph = describe(fn, r.options), traced_graph()
-            if graph is None:
-                r.tie = Tie(backend, buffers.reached_modules(fn, args, kwargs) or (), where)
-            else:
-                r.traced = Traced(graph, r.options, where)
-                r.session = r.buffers = None
-
-
-def close_region(r: Region, out: Any) -> None:
-    """Finish a record whose function returned ``out``.
-
-    Raises:
-        UnstashedDraw: random numbers were drawn on a device that the region does not stash.
-        LateDevice: a device type came up inside the region.
-        BufferChanged: a large buffer changed for the first time.
-        ScannedRegion, ScannedDropout: in a traced graph, a value was pinned or the fused dropout used.
-    """
-    pop_saved_tensors_hooks()
-    here.frame = r.outer
-    r.outer = None
-    r.closed = True
-    if r.log is not None or r.replay_context is not None:
-        _leave_forward_context(r, None)
-    before = r.rng_before
-    if before is not None:
-        draw = rng.cpu_draw(before)
-        if draw is not None:
-            r.draws = [draw]
-        else:
-            r.idle_cpu = before
-        r.rng_before = None
-        if r.stash is not None:
-            _close_stash(r, r.stash)
-        elif live():
-            _late(r, rng.newly_live(()))
-    if r.buffers is not None:
-        r.buffers = r.buffers.changes(describe(r.fn, r.options))
-    if r.verifier is not None:
-        r.verifier.seal(r.buffers)
-    if r.tie is not None:
-        r.tie.refuse_loop(r.draws, out)
-        r.tie.attach(out)
-    elif r.traced is not None:
-        r.traced.seal(r.pins)
-
-
-def abort_region(r: Region, error: BaseException) -> None:
-    """Finish a record whose function raised ``error``; the caller raises it again."""
-    pop_saved_tensors_hooks()
-    here.frame = r.outer
-    r.outer = None
-    if r.log is not None or r.replay_context is not None:
-        _leave_forward_context(r, error)
-
-
-def _close_stash(r: Region, stash: rng.Stash) -> None:
-    draws, idle, foreign = stash.moved()
-    r.stash = None
-    if draws:
-        r.draws = [*(r.draws or ()), *draws]
-    if idle:
-        r.idle = [*(r.idle or ()), *idle]
-    if foreign:
-        _unstashed(r, foreign)
-    late = rng.newly_live(stash.types)
-    if late:
-        _late(r, late)
-
-
-def _unstashed(r: Region, devices: list[str]) -> None:
-    error = UnstashedDraw(
-        f"the region drew random numbers on {', '.join(devices)}, which it does not stash",
-        where=describe(r.fn, r.options),
-        why="its inputs live on another device type, so the replay would draw other numbers",
-        fix='pass a tensor of that device to the region, or choose dc.devices.rule("all")',
-    )
-    if r.options.strict and current_rule("error") != "warn":
-        raise error
-    import warnings
-
-    warnings.warn(str(error), stacklevel=5)
-
-
-def _late(r: Region, types: list[str]) -> None:
-    if not types:
-        return
-    if not r.options.strict:
-        raise RuntimeError(
-            "PyTorch's device state was initialized in the forward pass of a Checkpoint, which is not allowed. "
-            f"Use {types[0]} once before the region, so that its random state can be stashed."
-        )
-    raise LateDevice(
-        f"device type {types[0]!r} was initialised for the first time inside a region",
-        where=describe(r.fn, r.options),
-        why="its random state before the region is unknown, so a replay could draw other numbers",
-        fix="use the device once before the region, for example torch.zeros(1, device=...)",
-    )
-
-
-def _enter_forward_context(r: Region) -> None:
-    debug = _debug()
-    debug = r.options.debug if debug is None else debug
-    make = r.options.context_fn
-    if debug:
-        from distckpt.engine.diagnose import Log
-
-        if make is not None and not r.options.strict:
-            raise ValueError("debug=True is incompatible with non-default context_fn")
-        r.log = Log()
-    if make is None and not debug:
-        return
-    from distckpt.engine.contexts import Contexts
-
-    r.replay_context = Contexts(make, r)
-    r.replay_context.enter_forward()
-
-
-def _leave_forward_context(r: Region, error: BaseException | None) -> None:
-    if r.replay_context.leave_forward(error) and error is not None:
-        message = (
-            "torch.utils.checkpoint: the forward context provided by context_fn suppressed an exception raised "
-            "during the checkpointed forward. This is not supported because there is no value to return."
-        )
-        raise (SuppressedException(message) if r.options.strict else RuntimeError(message)) from error
 
 
 def owner(region: Region) -> tuple[torch.nn.Module | None, bool]:

@@ -157,7 +157,7 @@ def test_debug_and_context_fn_may_be_combined() -> None:
 
 def test_the_debug_switch_decides_for_every_region_in_its_context() -> None:
     from distckpt.engine.api import make_options
-    from distckpt.engine.region import close_region, open_region
+    from distckpt.engine.record import close_region, open_region
 
     def logged(**given: Any) -> bool:
         options, _ = make_options(given)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import distckpt as dc
-from distckpt.engine import region as region_module
+from distckpt.engine import record as record_module
 
 from .exact import leaf
 
@@ -53,11 +53,11 @@ def regions(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
     """Weak references to every region made in the test."""
     found: list[weakref.ref[Any]] = []
 
-    class Seen(region_module.Region):
+    class Seen(record_module.Region):
         def __init__(self) -> None:
             found.append(weakref.ref(self))
 
-    monkeypatch.setattr(region_module, "Region", Seen)
+    monkeypatch.setattr(record_module, "Region", Seen)
     return found
 
 
