@@ -372,3 +372,21 @@ def sharded_units(module: torch.nn.Module) -> dict[torch.nn.Module, tuple[str, b
         elif isinstance(unit, FullyShardedDataParallel):
             found[part] = name, False
     return found
+
+
+def fake_store() -> Any:
+    """A store for the ``"fake"`` process group backend, whose collectives return at once and move nothing.
+
+    Importing it registers that backend; torch 2.9 knows the shapes of collectives on fake tensors only with the other
+    import.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    return FakeStore()
+
+
+def fake_tensors() -> Any:
+    """A mode whose tensors have shapes and types and no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()

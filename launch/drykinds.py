@@ -12,17 +12,15 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-import torch.distributed._tools.fake_collectives  # torch 2.9 has shapes for collectives only with this
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.testing._internal.distributed.fake_pg import FakeStore  # and with it the "fake" backend
 
 import distckpt as dc
+from distckpt._torch_dist import fake_store, fake_tensors
 from launch.errors import BadOption
 from launch.measure import LiveBytes
 from launch.model import GPT
@@ -190,7 +188,7 @@ def owned_bytes(shape: torch.Size, shards: int, shard: int) -> int:
 
 @contextmanager
 def _as_rank(rank: int, ranks: int) -> Iterator[None]:
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    dist.init_process_group("fake", store=fake_store(), rank=rank, world_size=ranks)
     try:
         yield
     finally:
@@ -222,7 +220,7 @@ def _measure(layout: Layout, stage: int) -> Kind:
 
 
 def _measured(layout: Layout, stage: int, mesh: DeviceMesh) -> Kind:
-    with FakeTensorMode():
+    with fake_tensors():
         model, units = _build(layout, stage, mesh)
         regions = dc.modules.regions(model)
         count = len(regions)
