@@ -54,7 +54,7 @@ demo: $(VENV)/.installed
 test-xla: $(XLA)/.installed
 	$(ONE) PJRT_DEVICE=CPU $(XLA)/bin/python -m pytest -q -n $(JOBS) -m "xla and not slow"
 	$(ONE) PJRT_DEVICE=CPU $(XLA)/bin/python -m pytest -q -n $(JOBS) -m "not xla and not slow" \
-		tests/backends tests/engine tests/policy tests/modules tests/compat
+		tests/backends tests/engine tests/policy tests/modules tests/compat tests/ranks
 
 clean:
 	rm -rf $(VENV) $(XLA) build dist site .pytest_cache .ruff_cache

@@ -99,6 +99,11 @@ class Partition:
         self._flying: weakref.ref[Kept] | None = None
         self._seen: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
 
+    def __repr__(self) -> str:
+        # Part of a region plan, which ranks compare: settings that differ would divide the inputs differently.
+        how = f"min_bytes={self.min_bytes}, prefetch={self.prefetch}, check={self.check!r}"
+        return f"Partition(over {self.size} ranks, {how})"
+
     def __deepcopy__(self, memo: Any) -> Partition:
         return self  # a copied model's regions use the same group
 

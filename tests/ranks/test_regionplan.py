@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as torchs
 
@@ -118,3 +120,20 @@ def test_differences_name_modules_that_only_one_side_has_or_has_otherwise() -> N
     one = {"a": {"by": "x"}, "b": {"by": "x"}}
     two = {"a": {"by": "x"}, "b": {"by": "y"}, "c": {"by": "x"}}
     assert differences(one, two) == ["b", "c"]
+
+
+def test_plans_differ_when_the_settings_of_a_partition_do() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        coord = dc.Coordinator()
+
+        def plan(**settings: Any) -> RegionPlan:
+            made = model()
+            dc.apply(made, "*", partition=coord.partition(dist.group.WORLD, **settings))
+            return RegionPlan.of(made)
+
+        assert plan().hash == plan().hash
+        assert plan().hash != plan(min_bytes=16).hash
+        assert plan().hash != plan(prefetch=False).hash
+    finally:
+        dist.destroy_process_group()
