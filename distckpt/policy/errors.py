@@ -21,3 +21,9 @@ class OffloadRefused(BadOption):
     """A policy asked for CPU offload, which this version cannot do."""
 
     code = "DC122"
+
+
+class NoPolicy(BadOption):
+    """A policy answered something that is neither a ``CheckpointPolicy`` nor a bool."""
+
+    code = "DC123"

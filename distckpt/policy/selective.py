@@ -57,7 +57,7 @@ from distckpt.engine import rng
 from distckpt.engine.region import Region
 from distckpt.engine.replay import is_engine_hook
 from distckpt.engine.state import replaying
-from distckpt.policy.errors import OffloadRefused, SelectiveMismatch
+from distckpt.policy.errors import NoPolicy, OffloadRefused, SelectiveMismatch
 from distckpt.policy.kept import Entry, Kept
 
 
@@ -191,8 +191,16 @@ class CachingMode(_Selective, OriginalCachingMode):
         )
         if isinstance(policy, bool):
             return CheckpointPolicy.MUST_SAVE if policy else CheckpointPolicy.PREFER_RECOMPUTE
-        if not isinstance(policy, CheckpointPolicy):
-            policy = CheckpointPolicy[policy.name]  # torch's own enum
+        if isinstance(policy, OriginalPolicy):  # torch's own enum
+            policy = CheckpointPolicy[policy.name]
+        elif not isinstance(policy, CheckpointPolicy):
+            if self.strict:
+                raise NoPolicy(
+                    f"the policy answered {policy!r} for {func}",
+                    why="a policy says a CheckpointPolicy or a bool of every operator; torch recomputes otherwise",
+                    fix="return one on every path; CheckpointPolicy.PREFER_RECOMPUTE is what no answer means to torch",
+                )
+            policy = CheckpointPolicy.PREFER_RECOMPUTE
         if policy not in _SAVE and policy is not CheckpointPolicy.MUST_RECOMPUTE and has_ordered_effect(func):
             return CheckpointPolicy.MUST_SAVE
         if policy in _OFFLOAD and self.strict:

@@ -229,11 +229,15 @@ class _Meeting:
     def _missing(self) -> RanksMissing:
         ranks = [r for r in self.ranks if not self.store.check([f"{self.key}/say/{r}"])]
         names = f"rank{'s' * (len(ranks) > 1)} {spans(ranks)}" if ranks else "the rank that compares"
+        world = self.channel.world
+        agents = "; after a restart with several torchrun agents: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on each of them"
+        agents = agents if world.launcher == "torchrun" and not world.fresh_store else ""
         return RanksMissing(
             f"{names} did not come to {self.subject} within {self.timeout:g} s",
             where=f"{len(self.ranks) - len(ranks)} of {len(self.ranks)} ranks are waiting there",
             why="a rank that is missing has died, is late, or takes another way through the program",
-            fix="the log of a missing rank says which; a slow start needs a longer Coordinator(timeout=...)",
+            fix="the log of a missing rank says which; a slow start needs a longer Coordinator(timeout=...)"
+            + agents,
         )
 
     def _leave(self, asked: Sequence[int]) -> None:

@@ -37,14 +37,19 @@ class World:
     launcher: str = "alone"
     restart: int = 0
     run: str = "none"
+    fresh_store: bool = False
 
     @property
     def round(self) -> str:
         """A name for this start of the job's processes, the same on every rank and another after an elastic restart.
 
-        Torchrun does not count a restart when nodes join or leave, only when workers fail, so the size is part of it.
+        Each torchrun agent counts the restarts that its own workers caused, so agents of one job differ in that after
+        the first; with ``fresh_store`` (``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``) every start has a store of its own,
+        and nothing needs to be told apart. Nodes that join or leave are no restart, so the size is part of it.
         """
-        return f"{self.restart}-{self.size}" if self.launcher == "torchrun" else str(self.restart)
+        if self.launcher != "torchrun":
+            return str(self.restart)
+        return f"{'new' if self.fresh_store else self.restart}-{self.size}"
 
     def require_size(self, size: int | None, what: str) -> None:
         """Refuse a world of another size than ``what`` was made for; None fits every world.
@@ -105,6 +110,7 @@ def detect(
         launcher="torchrun" if "TORCHELASTIC_RUN_ID" in env else "environment",
         restart=restart,
         run=env.get("TORCHELASTIC_RUN_ID", "none"),
+        fresh_store=env.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1",
     )
     # Without a group torch_xla says rank 0 of 1 whatever it is part of, so only a group contradicts a launcher.
     if (

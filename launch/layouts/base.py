@@ -47,8 +47,9 @@ class Layout:
         """Executions of block bodies on this rank so far, replays included."""
         return block_runs(self.model)
 
-    def close(self) -> None:
-        """Let go of what the layout holds beside its model."""
+    def stages(self) -> nn.Module | dict[int, nn.Module]:
+        """What a coordinator checks: the model, or this rank's pipeline stages by number."""
+        return self.model
 
 
 def build(options: Options) -> GPT:

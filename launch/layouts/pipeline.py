@@ -90,6 +90,9 @@ class Pipeline(Layout):
 
         stage.backward_one_chunk = told  # type: ignore[method-assign]
 
+    def stages(self) -> dict[int, nn.Module]:
+        return {stage.stage_index: stage.submod for stage in self._stages}
+
     def step(
         self, inputs: torch.Tensor, targets: torch.Tensor, before_backward: Callable[[], None] | None = None
     ) -> torch.Tensor | None:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distckpt as dc
 from distckpt.engine.errors import BufferChanged
-from distckpt.policy.errors import OffloadRefused, SavedOutputChanged
+from distckpt.policy.errors import NoPolicy, OffloadRefused, SavedOutputChanged
 from tests.engine.exact import Region, exact, leaf
 
 aten = torch.ops.aten
@@ -562,3 +562,14 @@ def test_a_users_pack_hook_for_what_a_nested_selective_region_keeps_is_no_operat
         return twice(out, x)
 
     same_as_plain(program)
+
+
+def test_a_policy_that_answers_nothing_is_refused_and_recomputes_in_compat() -> None:
+    def context_fn() -> Any:
+        return dc.create_selective_checkpoint_contexts(lambda ctx, op, *args, **kwargs: None)
+
+    x = torch.ones(3, requires_grad=True)
+    with pytest.raises(NoPolicy, match="answered None for aten"):
+        dc.checkpoint(lambda x: x.sin().exp(), x, context_fn=context_fn)
+    out = dc.compat.checkpoint(lambda x: x.sin().exp(), x, use_reentrant=False, context_fn=context_fn)
+    assert torch.equal(*torch.autograd.grad(out.sum(), x), *torch.autograd.grad(x.sin().exp().sum(), x))

@@ -111,3 +111,11 @@ def test_a_round_has_another_name_after_a_restart_and_after_nodes_came_or_left()
 def test_errors_survive_pickling() -> None:
     error = pickle.loads(pickle.dumps(WorldMismatch("what", "where")))
     assert (type(error), error.code, error.where) == (WorldMismatch, "DC401", "where")
+
+
+def test_agents_that_count_restarts_differently_agree_on_a_round_whose_store_is_new() -> None:
+    torchrun = {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "job"}
+    new = {**torchrun, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    for environment, names in ((torchrun, {"0-2", "1-2"}), (new, {"new-2"})):
+        counts = ({**environment, "TORCHELASTIC_RESTART_COUNT": count} for count in ("0", "1"))
+        assert {detect(env, lambda: None).round for env in counts} == names
