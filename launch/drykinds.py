@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -23,7 +22,7 @@ import distckpt as dc
 from distckpt._torch_dist import fake_store, fake_tensors
 from launch.errors import BadOption
 from launch.measure import LiveBytes
-from launch.model import GPT
+from launch.model import GPT, Part
 
 PARALLEL = ("fsdp", "ddp", "pp", "tp", "pp+fsdp")
 
@@ -112,33 +111,19 @@ def order(layout: Layout, stage: int) -> list[tuple[str, int]]:
     return steps
 
 
-class Stage(nn.Module):
-    """A run of the model's blocks, with what comes before the first or after the last."""
+class Stage(Part):
+    """One stage of a layout's model, made without the others."""
 
     def __init__(self, layout: Layout, stage: int) -> None:
-        super().__init__()
-        model = GPT(
+        whole = GPT(
             layers=blocks(layout, stage),
             width=layout.width,
             heads=layout.heads,
             context=layout.context,
             dropout=layout.dropout,
         )
-        first, last = stage == 0, stage == layout.stages - 1
-        self.bytes = model.bytes if first else None
-        self.places = model.places if first else None
-        self.blocks = model.blocks
-        self.norm = model.norm if last else None
-        self.head = model.head if last else None
-
-    def forward(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        if self.bytes is not None and self.places is not None:
-            x = self.bytes(x) + self.places.weight[: x.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        if self.norm is not None and self.head is not None:
-            x = F.cross_entropy(self.head(self.norm(x)).float().flatten(0, 1), targets.flatten())
-        return x
+        last = stage == layout.stages - 1
+        super().__init__(whole, 0, len(whole.blocks), first=stage == 0, last=last)
 
 
 def blocks(layout: Layout, stage: int) -> int:
@@ -202,12 +187,12 @@ def _build(layout: Layout, stage: int, mesh: DeviceMesh) -> tuple[Stage, int]:
     """
     part = Stage(layout, stage)
     if layout.parallel == "tp":
-        for block in part.blocks:
+        for block in part.blocks.values():
             out, back = ColwiseParallel(), RowwiseParallel()
             parallelize_module(block, mesh["tp"], {"qkv": out, "proj": back, "up": out, "down": back})
     dc.apply(part, "blocks.*")
     if "fsdp" in layout.parallel:
-        for block in part.blocks:
+        for block in part.blocks.values():
             fully_shard(block, mesh=mesh["fsdp"])
         fully_shard(part, mesh=mesh["fsdp"])
         return part, len(part.blocks) + 1

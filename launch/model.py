@@ -83,27 +83,31 @@ class GPT(nn.Module):
 
 
 class Part(nn.Module):
-    """Consecutive blocks of a GPT, from ``start`` up to ``stop``, with what comes before the first or after the last.
+    """Consecutive blocks of a GPT, from ``start`` up to ``stop``; the first part embeds, the last has the head.
 
     Names are those of the whole model.
     """
 
-    def __init__(self, whole: GPT, start: int, stop: int) -> None:
+    def __init__(self, whole: GPT, start: int, stop: int, *, first: bool, last: bool) -> None:
         super().__init__()
-        self.first, self.last = start == 0, stop == len(whole.blocks)
+        self.first, self.last = first, last
         self.bytes = whole.bytes if self.first else None
         self.places = whole.places if self.first else None
         self.blocks = nn.ModuleDict({str(i): whole.blocks[i] for i in range(start, stop)})
         self.norm = whole.norm if self.last else None
         self.head = whole.head if self.last else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Bytes (first part) or channels in; channels, or after the last block logits in fp32, out."""
+    def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Bytes (first part) or channels in; channels, or after the last block logits in fp32, out. With ``targets``
+        the last part gives the mean cross-entropy instead."""
         if self.bytes is not None and self.places is not None:
             x = self.bytes(x) + self.places.weight[: x.shape[1]]
         for block in self.blocks.values():
             x = block(x)
-        return x if self.norm is None or self.head is None else self.head(self.norm(x)).float()
+        if self.norm is None or self.head is None:
+            return x
+        logits = self.head(self.norm(x)).float()
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def block_runs(model: nn.Module) -> int:

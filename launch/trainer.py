@@ -10,7 +10,6 @@ from contextlib import contextmanager
 import torch
 from torch.distributed.tensor import DTensor
 
-import distckpt as dc
 from launch.data import Batches
 from launch.layouts import lay_out
 from launch.options import Options
@@ -24,8 +23,6 @@ class Trainer:
         self.mode = mode
         self.layout = lay_out(options, mode, world)
         self.model = self.layout.model
-        self.coordinator = dc.Coordinator()
-        self.coordinator.check(self.layout.stages())  # ranks that disagree end here, all with the same error
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr, betas=(0.9, 0.95))
         self.batches = Batches(
             text,

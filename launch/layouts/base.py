@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -47,9 +48,27 @@ class Layout:
         """Executions of block bodies on this rank so far, replays included."""
         return block_runs(self.model)
 
-    def stages(self) -> nn.Module | dict[int, nn.Module]:
-        """What a coordinator checks: the model, or this rank's pipeline stages by number."""
-        return self.model
+
+class WholeModel(Layout):
+    """A layout whose every rank runs the whole model: one forward, then one backward."""
+
+    def around(self) -> AbstractContextManager[object]:
+        """What a forward and its backward run in."""
+        return nullcontext()
+
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        with self.around():
+            return self.model(inputs, targets)
+
+    def step(
+        self, inputs: torch.Tensor, targets: torch.Tensor, before_backward: Callable[[], None] | None = None
+    ) -> torch.Tensor:
+        with self.around():
+            loss = self.model(inputs, targets)
+            if before_backward is not None:
+                before_backward()
+            loss.backward()
+        return loss.detach()
 
 
 def build(options: Options) -> GPT:

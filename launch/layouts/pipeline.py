@@ -40,7 +40,12 @@ class Pipeline(Layout):
         second = 2 * ranks - 1 - rank if options.schedule in V_SCHEDULES else rank + ranks
         mine = (rank, second) if many else (rank,)
         whole = build(options)
-        parts = {index: Part(whole, *_cut(options.layers, stages, index)) for index in mine}
+        parts = {
+            index: Part(
+                whole, *_cut(options.layers, stages, index), first=index == 0, last=index == stages - 1
+            )
+            for index in mine
+        }
         self.model = nn.ModuleDict({f"stage{index}": part for index, part in parts.items()})
         for part in parts.values():
             put(part, mode)
@@ -89,9 +94,6 @@ class Pipeline(Layout):
             return backward(*args, **kwargs)
 
         stage.backward_one_chunk = told  # type: ignore[method-assign]
-
-    def stages(self) -> dict[int, nn.Module]:
-        return {stage.stage_index: stage.submod for stage in self._stages}
 
     def step(
         self, inputs: torch.Tensor, targets: torch.Tensor, before_backward: Callable[[], None] | None = None

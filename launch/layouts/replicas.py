@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from launch.layouts.base import Layout, build, precision
+from launch.layouts.base import WholeModel, build, precision
 from launch.modes import put
 from launch.options import Options
 from launch.parallel import World
 
 
-class _Replicas(Layout):
+class _Replicas(WholeModel):
     def __init__(self, options: Options, mode: str, world: World) -> None:
         model = build(options)
         put(model, mode)
@@ -26,18 +23,6 @@ class _Replicas(Layout):
 
     def _spread(self, model: nn.Module, options: Options, world: World) -> nn.Module:
         raise NotImplementedError
-
-    def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.model(inputs, targets)
-
-    def step(
-        self, inputs: torch.Tensor, targets: torch.Tensor, before_backward: Callable[[], None] | None = None
-    ) -> torch.Tensor:
-        loss = self.forward(inputs, targets)
-        if before_backward is not None:
-            before_backward()
-        loss.backward()
-        return loss.detach()
 
 
 class Sharded(_Replicas):

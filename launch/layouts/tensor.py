@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -12,7 +11,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import distckpt as dc
 from launch.errors import BadOption
-from launch.layouts.base import Layout, build
+from launch.layouts.base import WholeModel, build
 from launch.modes import put
 from launch.options import Options
 from launch.parallel import World
@@ -25,7 +24,7 @@ _PLAN = {
 }
 
 
-class TensorParallel(Layout):
+class TensorParallel(WholeModel):
     """Attention by heads and the MLP by channels; one all-reduce after each, also in a replay.
 
     What is dropped between the blocks is whole on every rank, so every rank drops the same: ``rng_rank`` is 0. What is
@@ -48,19 +47,5 @@ class TensorParallel(Layout):
         self.model = model
         self._mesh = mesh
 
-    def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        with self._streams():
-            return self.model(inputs, targets)
-
-    def _streams(self) -> contextlib.AbstractContextManager[object]:
+    def around(self) -> AbstractContextManager[object]:
         return dc.rng.seed_streams(self._mesh, int(torch.randint(2**31, ())))
-
-    def step(
-        self, inputs: torch.Tensor, targets: torch.Tensor, before_backward: Callable[[], None] | None = None
-    ) -> torch.Tensor:
-        with self._streams():
-            loss = self.model(inputs, targets)
-            if before_backward is not None:
-                before_backward()
-            loss.backward()
-        return loss.detach()
