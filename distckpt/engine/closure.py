@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dis
 from functools import partial
-from operator import is_
+from operator import attrgetter, is_
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -28,6 +28,7 @@ _LIVE: Any = object()  # a name that is read as it is at the replay
 _LIBRARIES = frozenset({"torch", "distckpt", "distckpt_backends"})
 # what is neither a tensor nor holds a function, and is most of what a function reads
 _PLAIN = frozenset({int, float, bool, str, type(None), ModuleType, BuiltinFunctionType, type, object})
+_contents = attrgetter("cell_contents")
 _NONE: list[torch.Tensor] = []
 _HOLDERS = (FunctionType, MethodType, partial, tuple, Wrapping)
 
@@ -35,14 +36,15 @@ _HOLDERS = (FunctionType, MethodType, partial, tuple, Wrapping)
 class Names:
     """The names that a code object, with the functions inside it, reads or assigns outside itself."""
 
-    __slots__ = ("assigned", "assigns", "cells", "globals")
+    __slots__ = ("absent", "assigned", "assigns", "globals", "live_cells")
 
     def __init__(self, code: CodeType, library: bool) -> None:
         read, assigned = _globals(code)
         cells = _assigned_cells(code, frozenset(code.co_freevars))
         self.globals = () if library else tuple(read - assigned)
         self.assigned = () if library else tuple(assigned)
-        self.cells = tuple(name not in cells for name in code.co_freevars)  # whether a cell is kept
+        self.absent = (_ABSENT,) * len(self.globals)
+        self.live_cells = [i for i, name in enumerate(code.co_freevars, len(self.globals)) if name in cells]
         self.assigns = bool(self.assigned or cells)
 
 
@@ -101,14 +103,17 @@ def _captured(fn: FunctionType, names: Names, values: list[Any]) -> Captured:
 
 
 def _held(fn: FunctionType, names: Names) -> list[Any]:
-    scope = fn.__globals__
-    values = [scope.get(name, _ABSENT) for name in names.globals]
-    if fn.__closure__:
-        for cell, kept in zip(fn.__closure__, names.cells, strict=True):
-            try:
-                values.append(cell.cell_contents if kept else _LIVE)
-            except ValueError:
-                values.append(_ABSENT)
+    # no loop of Python's own in the common case: this runs once in every record and every replay
+    values = list(map(fn.__globals__.get, names.globals, names.absent))
+    cells = fn.__closure__
+    if cells:
+        try:
+            values += map(_contents, cells)
+        except ValueError:  # a name that is not assigned yet
+            del values[len(names.globals) :]
+            values += map(_contents_or_absent, cells)
+        for i in names.live_cells:
+            values[i] = _LIVE
     if fn.__defaults__:
         values += fn.__defaults__
     if fn.__kwdefaults__:
@@ -116,11 +121,23 @@ def _held(fn: FunctionType, names: Names) -> list[Any]:
     return values
 
 
+def _contents_or_absent(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _ABSENT
+
+
 def capture(fn: Any, scan: Scan) -> list[Captured] | None:
     """What ``fn``, the functions that ``scan`` met and those that they reach read by name; None: nothing.
 
     ``scan`` is told whether a name of ``fn`` may lead to a module.
     """
+    if type(fn) is FunctionType and scan.functions is None:
+        names = _names.get(fn.__code__) or _find_names(fn)
+        values = _held(fn, names)
+        if not names.assigns and _PLAIN.issuperset(map(type, values)):
+            return [_captured(fn, names, values)] if values else None
     found = [fn] if type(fn) is FunctionType else _functions_in(fn)
     if scan.functions:
         found = _distinct([*found, *(f for called in scan.functions for f in _functions_in(called))])
@@ -200,8 +217,8 @@ def _leave_assigned(kept: list[Captured]) -> None:
     cells = {
         id(cell)
         for c in kept
-        for cell, kept_ in zip(c.fn.__closure__ or (), c.names.cells, strict=True)
-        if not kept_
+        for i, cell in enumerate(c.fn.__closure__ or (), len(c.names.globals))
+        if i in c.names.live_cells
     }
     for c in kept:
         scope, known = id(c.fn.__globals__), len(c.names.globals)

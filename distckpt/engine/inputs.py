@@ -189,7 +189,10 @@ def own_call(
     if scan.hooked or scan.keep is not None:
         owned = [_own(a, scan) for a in args]
     else:
-        owned = [own_tensor(a) if isinstance(a, _Tensor) else _own(a, scan) for a in args]
+        try:
+            owned = [make_saved_tensor(a, False) if isinstance(a, _Tensor) else _own(a, scan) for a in args]
+        except RuntimeError:  # an inference tensor
+            owned = [_own(a, scan) for a in args]
     return fn, owned, _own(kwargs, scan) if kwargs else None
 
 
@@ -216,9 +219,11 @@ def _own(value: Any, scan: Scan) -> Any:
     if opened is None:
         return value
     seen = scan.memory()
-    if id(value) in seen:  # the very same container, or one that holds itself
+    if id(value) in seen:
         scan.repeats = True
-        return seen[id(value)][1]
+        known = seen[id(value)][1]
+        # a container that holds itself stays, in itself, what it is
+        return Packed([], lambda parts: value) if known is value and _mutable(value) else known
     seen[id(value)] = value, value
     children, make_rebuild = opened
     parts = [_own(child, scan) for child in children]
