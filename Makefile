@@ -9,12 +9,13 @@ BIN := $(VENV)/bin
 # Two test workers on two cores: one thread each.
 ONE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help test demo test-xla lint format types floors docs clean
+.PHONY: help test demo gpu test-xla lint format types floors docs clean
 
 help:
 	@echo "make demo      train a small GPT on 2 ranks three times and compare: none, torch, distckpt"
 	@echo "make test      lint, types, import floors, tests"
 	@echo "make test-xla  the XLA suite on torch 2.9 + torch-xla 2.9 (a 3 GB download the first time)"
+	@echo "make gpu       the CUDA tests and benchmarks with the torch of this machine's python3, under nine minutes"
 	@echo "make docs      the pages of docs/ as a site in site/"
 	@echo "make format    ruff format and the fixes ruff can make"
 
@@ -40,6 +41,10 @@ types: $(VENV)/.installed
 
 floors: $(VENV)/.installed
 	PYTHONPATH=.:backends $(BIN)/lint-imports --no-cache
+
+# What a GPU machine has is enough: torch and pytest.
+gpu:
+	python3 benchmarks/gpu.py
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m mkdocs build --strict
