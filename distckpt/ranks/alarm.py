@@ -3,8 +3,9 @@
 Note [Alarm]
     The engine tells us when a replay raises; the rank writes that under one key of the store. On every rank a thread
     with a connection of its own looks for the key (once a second; at 4,096 ranks every four, so that the store sees a
-    thousand requests a second and no more). The connection is made by that thread, when its turn comes: if all ranks
-    came at once the server would refuse some, and these try again seconds later. Before the failed rank's error goes on
+    thousand requests a second and no more). The connection is made by that thread, when its turn comes, and
+    not by the check: the server is blocked while it looks up the name of whoever connects, for seconds if all come at
+    once. Before the failed rank's error goes on
     it waits until all have heard, a few seconds at most: its process is likely to end then, and a launcher that sees
     this stops the others at once. Who hears prints one line, and its training thread gets ``RemoteReplayFailed``:
 
@@ -39,7 +40,9 @@ from distckpt.ranks.meeting import Channel, Verdict
 EXIT_CODE = 86
 _EVERY = 1.0  # seconds between two looks
 _LOOKS = 1000  # per second, over all ranks, at most
-_CONNECTIONS = 200  # per second, over all ranks, at most
+# Per second, over all ranks, at most. The server looks up the name of whoever connects, and torch's is blocked
+# meanwhile: of 64 at once, or of 200 a second, some look-ups took 5 s here, and of 20 a second none.
+_CONNECTIONS = 20
 
 _lock = threading.Lock()
 _running: dict[tuple[str, int], Alarm] = {}  # by job and rank, as ranks may be threads of one process
@@ -50,6 +53,9 @@ def start(channel: Channel) -> Alarm:
     with _lock:
         key = (channel.namespace, channel.world.rank)
         alarm = _running.get(key)
+        if alarm is not None and not alarm.watches():
+            alarm._end()
+            alarm = None
         if alarm is None:
             alarm = _running[key] = Alarm(channel)
         alarm.serve(channel)
@@ -71,7 +77,7 @@ class Alarm:
         self._channels: list[Channel] = []
         self._connecting = threading.Lock()
         self._connection: Any = None
-        self._had_group = dist.is_initialized()
+        self._group = dist.group.WORLD  # None: there is none yet
         self._every = max(_EVERY, channel.world.size / _LOOKS)
         self._stopped = threading.Event()
         self._landed = threading.Event()
@@ -80,6 +86,10 @@ class Alarm:
         self._watcher = threading.Thread(target=self._watch, name="distckpt-alarm", daemon=True)
         self._watcher.start()
         atexit.register(self._end)
+
+    def watches(self) -> bool:
+        """Whether it still does, for the process group that is there now."""
+        return self._watcher.is_alive() and self._group in (None, dist.group.WORLD)
 
     def serve(self, channel: Channel) -> None:
         """Ring in the meetings of ``channel`` too."""
@@ -93,7 +103,9 @@ class Alarm:
             self._channels.remove(channel)
             if self._channels:
                 return
-            del _running[self._channel.namespace, self._channel.world.rank]
+            key = (self._channel.namespace, self._channel.world.rank)
+            if _running.get(key) is self:
+                del _running[key]
         self._end()
 
     def _end(self) -> None:
@@ -143,7 +155,7 @@ class Alarm:
         except RuntimeError:  # the store is gone, and with it the job
             return
         while not self._stopped.wait(self._every):
-            if self._had_group and not dist.is_initialized():
+            if self._group not in (None, dist.group.WORLD):
                 return  # this rank has left
             try:
                 if not store.check([self._key]):

@@ -50,6 +50,61 @@ def test_a_check_costs_six_requests_per_rank_and_one_judge_whatever_the_worlds_s
     assert sum(len(s) for s in sequences) == 6 * size + 4 + 4
 
 
+class Cloned:
+    """A store that notes which thread asks it for a connection."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+        self.by: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "clone":
+            self.by.append(threading.current_thread().name)
+        return getattr(self.store, name)
+
+
+def test_a_check_with_the_alarm_makes_the_same_requests_as_one_without_and_no_connection() -> None:
+    stores: dict[int, Cloned] = {}
+
+    def run(world: World, store: Any) -> list[str]:
+        stores[world.rank] = Cloned(store)
+        counting = CountingStore(stores[world.rank])
+        with dc.Coordinator(world=world, store=counting) as coord:
+            coord.check(model(3))
+            own = [name for name in counting.requests if name != "clone"]  # what the alarm's thread asks for
+            end = time.monotonic() + 60
+            while not stores[world.rank].by and time.monotonic() < end:
+                time.sleep(0.01)
+        return own
+
+    for sequence in on_ranks(4, run, run_id="alarm"):
+        body = JUDGE if "multi_get" in sequence else MEMBER
+        assert sequence[: len(body)] == body
+    assert {rank: store.by for rank, store in stores.items()} == {
+        rank: ["distckpt-alarm"] for rank in range(4)
+    }
+
+
+def test_coordinators_of_one_process_share_one_alarm_and_the_last_to_close_ends_it() -> None:
+    def run(world: World, store: Any) -> None:
+        one, two = (dc.Coordinator(world=world, store=store) for _ in range(2))
+        for coord in (one, two, one):
+            coord.check(model(1))
+        alarm = one._alarm
+        assert alarm is not None
+        assert two._alarm is alarm
+        one.close()
+        one.close()
+        assert alarm.watches()
+        two.close()
+        assert not alarm.watches()
+        one.check(model(1))
+        assert one._alarm is not alarm
+        one.close()
+
+    assert on_ranks(2, run, run_id="one alarm") == [None] * 2
+
+
 def test_the_message_is_as_small_for_a_thousand_regions_as_for_one() -> None:
     small, large = (
         on_ranks(2, lambda world, store, n=n: checked(world, store, model(n)), run_id=f"layers {n}")
