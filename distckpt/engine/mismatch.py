@@ -83,10 +83,10 @@ class Mismatch:
         self.count = i
         self.found = True
 
-    def drew(self, pending: list[Any]) -> None:
-        """Some streams did not end where the forward ended."""
-        if pending:
-            self.drawn = [draw.stream.name for draw in pending]
+    def drew(self, astray: list[str]) -> None:
+        """These streams did not end where the forward ended."""
+        if astray:
+            self.drawn = astray
             self.found = True
 
     def values(self, positions: list[int]) -> None:

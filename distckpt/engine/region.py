@@ -30,6 +30,8 @@ from distckpt.engine.options import Options
 from distckpt.engine.replay import replay
 from distckpt.engine.slot import Slot
 from distckpt.engine.traced import Traced
+from distckpt.engine.turns import owners as turns
+from distckpt.engine.turns import waiting_for
 from distckpt.engine.verify import Verifier
 
 _ref = weakref.ref
@@ -109,7 +111,7 @@ class Region:
         return self.unpack(slot)
 
     def _replay_for(self, slot: Slot) -> Any:
-        with self.lock:
+        with self.lock if not turns else waiting_for(self.lock):
             value = slot.value  # another device thread may have replayed while this one waited
             while value is None:  # or have taken the value right after this one replayed
                 self.replay()
@@ -151,7 +153,7 @@ class Region:
         Raises:
             CheckpointError: the replay does not match the forward.
         """
-        with self.lock:
+        with self.lock if not turns else waiting_for(self.lock):
             empty = any(slot.value is None for slot in self.living())
             if empty:
                 self.replay()
