@@ -378,3 +378,23 @@ def has_ordered_effect(op: Any) -> bool:
     except TypeError:  # up to 2.9 it asks for the arguments too
         found = has_effects(op, (), {})
     return found and getattr(op, "namespace", "") != "c10d"
+
+
+# Torch runs a scripted function in another way the first time than from the second time on, unless it is told not to.
+script_optimizes: Callable[[], bool] = torch._C._get_graph_executor_optimize
+set_script_optimizes: Callable[[bool], None] = torch._C._set_graph_executor_optimize
+last_script: Callable[[], Any] = torch._C._last_executed_optimized_graph
+"""The TorchScript graph that this thread ran last; None when it never ran one."""
+
+
+def _never() -> bool:
+    return False
+
+
+fx_tracing: Callable[[], bool] = getattr(torch.fx._symbolic_trace, "_get_is_fx_tracing", _never)
+"""Whether ``torch.fx`` is tracing, as Dynamo asks on each thread (2.14; before, it is one flag of the process)."""
+
+
+def set_fx_tracing(value: bool) -> None:
+    """Say whether ``torch.fx`` is tracing."""
+    torch.fx._symbolic_trace._set_is_fx_tracing(value)  # type: ignore[attr-defined]

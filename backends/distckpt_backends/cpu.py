@@ -84,7 +84,8 @@ def drawn_since(mark: Any) -> bool:
     """
     if _memory is not None:
         return _memory.raw != mark
-    return memcmp(_get_state().data_ptr(), mark.data_ptr(), _C_SIZE) != 0
+    now = _get_state()  # held until it is compared
+    return memcmp(now.data_ptr(), mark.data_ptr(), _C_SIZE) != 0
 
 
 class CpuBackend(Backend):

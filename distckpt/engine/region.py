@@ -71,6 +71,8 @@ class Region:
     traced: Traced | None = (
         None  # inside a graph that is being traced: nothing is dropped here, nothing replayed
     )
+    pauses_script = False  # while it is recorded: TorchScript optimises outside of it
+    nodes: Any = None  # in a thread that runs TorchScript: what autograd nodes the record made
     marks: Any = None  # under the user's hooks: what the inputs were, since autograd then checks no versions
 
     @opaque_to_dynamo

@@ -29,7 +29,9 @@ from distckpt._torch import (
     dynamo_callback,
     pop_saved_tensors_hooks,
     push_saved_tensors_hooks,
+    script_optimizes,
     set_grad_enabled,
+    set_script_optimizes,
 )
 from distckpt.engine import ambient, rng
 from distckpt.engine.doubt import doubt
@@ -101,10 +103,15 @@ def replay(r: Region, run: Any = None) -> None:
     """
     frame = here.frame
     here.frame = Frame(r, frame)  # already now: a user's unpack hook is no part of what runs around
+    pauses_script = script_optimizes()
+    if pauses_script:
+        set_script_optimizes(False)  # see Note [TorchScript] in scripted.py
     try:
         _replay(r, run or _run)
     finally:
         here.frame = frame
+        if pauses_script:
+            set_script_optimizes(True)
 
 
 def _replay(r: Region, run: Any) -> None:
@@ -143,6 +150,9 @@ def _replay(r: Region, run: Any) -> None:
         finally:
             if rewound or (generators is not None and not stopped):
                 generators.give_back()
+            # a function that sets a state and puts it back at its end has not got there
+            if ambient.snapshot() != now:
+                ambient.put_back(now)
     else:
         with contextlib.ExitStack() as stack:
             if generators is not None:
@@ -231,10 +241,14 @@ def _run(
     grad = torch.is_grad_enabled()
     set_grad_enabled(True)
     push_saved_tensors_hooks(pack, _until_the_end(rest) if settling else _from_slot)
+    out: Any = None
     try:
-        r.context.copy().run(fn, *args, **kwargs)
+        out = r.context.copy().run(fn, *args, **kwargs)
     except Stop:
         pass
+    except RuntimeError:  # a scripted function turns the stop that passes it into one
+        if not early_end:
+            raise
     finally:
         pop_saved_tensors_hooks()
         set_grad_enabled(grad)
@@ -248,6 +262,8 @@ def _run(
         suspects.clear()  # the recomputed graph holds `pack`, and with it this list
     if closed and generators is not None and not early_end and r.options.strict and not mismatch.found:
         mismatch.drew(generators.astray())
+    if r.nodes is not None and not early_end and not mismatch.found:
+        mismatch.made(out)
     if r.verifier is not None and not stopped:
         r.verifier.compare(refs, r.buffers, mismatch)
     return early_end
