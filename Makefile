@@ -5,16 +5,21 @@ STEPS ?=
 
 VENV := .venv
 XLA := .venv-xla
+# Another torch, in an environment of its own: `make test-torch TORCH=2.14.1`.
+TORCH ?= $(shell sed -n 's/^torch==//p' requirements-newest.txt)
+OTHER := .venv-torch-$(TORCH)
+SUITES ?= tests/backends tests/engine tests/policy tests/modules tests/compat tests/ranks tests/integrations
 BIN := $(VENV)/bin
 # Two test workers on two cores: one thread each.
 ONE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help test demo test-xla lint format types floors docs clean
+.PHONY: help test demo test-xla test-torch lint format types floors docs clean
 
 help:
 	@echo "make demo      train a small GPT on 2 ranks three times and compare: none, torch, distckpt"
 	@echo "make test      lint, types, import floors, tests"
 	@echo "make test-xla  the XLA suite on torch 2.9 + torch-xla 2.9 (a 3 GB download the first time)"
+	@echo "make test-torch TORCH=$(TORCH)  what depends on torch, on any torch from 2.9 on (again 3 GB)"
 	@echo "make docs      the pages of docs/ as a site in site/"
 	@echo "make format    ruff format and the fixes ruff can make"
 
@@ -26,6 +31,15 @@ $(VENV)/.installed: pyproject.toml constraints-dev.txt
 $(XLA)/.installed: pyproject.toml constraints-xla.txt
 	$(PYTHON) -m venv $(XLA)
 	$(XLA)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,xla]' -c constraints-xla.txt
+	@touch $@
+
+NO_WHEEL := import sys; sys.version_info < (3, 11) and (2, 15) <= tuple(map(int, "$(TORCH)".split(".")[:2])) and \
+	sys.exit("torch $(TORCH) has no wheel for Python 3.10: make test-torch PYTHON=python3.11, or TORCH=2.14.1")
+$(OTHER)/.installed: pyproject.toml constraints-dev.txt
+	@$(PYTHON) -c '$(NO_WHEEL)'
+	$(PYTHON) -m venv $(OTHER)
+	sed 's/^torch==[^ ;]*/torch==$(TORCH)/' constraints-dev.txt >$(OTHER)/constraints.txt
+	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,hf]' -c $(OTHER)/constraints.txt
 	@touch $@
 
 test: lint types floors
@@ -56,5 +70,8 @@ test-xla: $(XLA)/.installed
 	$(ONE) PJRT_DEVICE=CPU $(XLA)/bin/python -m pytest -q -n $(JOBS) -m "not xla and not slow" \
 		tests/backends tests/engine tests/policy tests/modules tests/compat tests/ranks
 
+test-torch: $(OTHER)/.installed
+	$(ONE) $(OTHER)/bin/python -m pytest -q -n $(JOBS) -m "not slow" $(SUITES)
+
 clean:
-	rm -rf $(VENV) $(XLA) build dist site .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(XLA) .venv-torch-* build dist site .pytest_cache .ruff_cache
