@@ -103,7 +103,7 @@ def replay(r: Region, run: Any = None) -> None:
     """
     frame = here.frame
     here.frame = Frame(r, frame)  # already now: a user's unpack hook is no part of what runs around
-    pauses_script = script_optimizes()
+    pauses_script = r.nodes is not None and script_optimizes()
     if pauses_script:
         set_script_optimizes(False)  # see Note [TorchScript] in scripted.py
     try:
