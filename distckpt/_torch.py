@@ -63,6 +63,13 @@ OriginalCachedMode: Any = _ORIGINALS._CachedTorchDispatchMode
 user_determinism_checks: dict[str, Any] = _ORIGINALS._allowed_determinism_checks_to_fns  # users add to it
 noop_context_fn = _ORIGINALS.noop_context_fn  # torch compares with it by identity
 ignored_operators: set[Any] = _ORIGINALS.SAC_IGNORED_OPS
+GENERATOR, GENERATOR_IMPL = (  # what its own `checkpoint` calls to open a region, up to 2.13 and from 2.14
+    "_checkpoint_without_reentrant_generator",
+    "_checkpoint_without_reentrant_generator_impl",
+)
+original_generators: dict[str, Callable[..., Any]] = {
+    name: vars(_ORIGINALS)[name] for name in (GENERATOR, GENERATOR_IMPL) if name in vars(_ORIGINALS)
+}
 
 # Hot names: bound once, called once or more per region. Present from 2.9 to 2.15 but for _make_saved_tensor (2.10).
 make_saved_tensor: Callable[..., Any] = getattr(_autograd, "_make_saved_tensor", _NodeSaved)
@@ -320,6 +327,15 @@ def composable_contract() -> Any:
     return importlib.import_module(
         "torch.distributed._composable.contract"
     )  # the package has a function of that name
+
+
+def composable_checkpoint() -> Any:
+    """Torch's composable ``checkpoint``, or None where torch was built without ``torch.distributed``."""
+    if not torch.distributed.is_available():
+        return None
+    from torch.distributed._composable import checkpoint
+
+    return checkpoint
 
 
 def checkpointed_by(module: torch.nn.Module) -> str | None:

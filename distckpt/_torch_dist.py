@@ -324,22 +324,40 @@ def custom_computations(schedule: Any) -> list[str]:
 def step_with(schedule: Any, wait: Callable[[Callable[[Any], None], Any], None]) -> Any:
     """The step of ``schedule`` with its waits given to ``wait(original, works)``; None if its step has no such wait.
 
-    The step is the same code with another meaning of one global name. Nothing of torch's own is changed, so other
-    schedules in the process do not notice. A wait comes after the receives were posted and before their result is
-    used, which is the only place where something can be done meanwhile: the works are made and waited for in there.
+    The step is the same code with another meaning of one global name, and so are the helpers that wait for it (1F1B has
+    one from torch 2.15 on). Nothing of torch's own is changed, so other schedules in the process do not notice. A wait
+    comes after the receives were posted and before their result is used, which is the only place where
+    something can be done meanwhile: the works are made and waited for in there.
     """
     step = type(schedule)._step_microbatches
-    original = step.__globals__.get("_wait_batch_p2p")
-    if (
-        original is None
-        or "_step_microbatches" in schedule.__dict__
-        or not _names(step.__code__, "_wait_batch_p2p")
-    ):
+    original = step.__globals__.get(_WAIT)
+    if original is None or "_step_microbatches" in schedule.__dict__:
         return None
-    names = {**step.__globals__, "_wait_batch_p2p": lambda works: wait(original, works)}
-    again = types.FunctionType(step.__code__, names, step.__name__, step.__defaults__, step.__closure__)
-    again.__kwdefaults__ = step.__kwdefaults__
-    return types.MethodType(again, schedule)
+    waiting = {
+        name: found
+        for name, found in step.__globals__.items()
+        if isinstance(found, types.FunctionType)
+        and found.__globals__ is step.__globals__
+        and _names(step.__code__, name)
+        and _names(found.__code__, _WAIT)
+    }
+    if not waiting and not _names(step.__code__, _WAIT):
+        return None
+    names = {**step.__globals__, _WAIT: lambda works: wait(original, works)}
+    names |= {name: _with_names(found, names) for name, found in waiting.items()}
+    return types.MethodType(_with_names(step, names), schedule)
+
+
+_WAIT = "_wait_batch_p2p"
+
+
+def _with_names(function: types.FunctionType, names: dict[str, Any]) -> types.FunctionType:
+    """``function`` with ``names`` for its globals."""
+    again = types.FunctionType(
+        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
+    )
+    again.__kwdefaults__ = function.__kwdefaults__
+    return again
 
 
 def _names(code: types.CodeType, name: str) -> bool:
@@ -349,8 +367,15 @@ def _names(code: types.CodeType, name: str) -> bool:
 
 
 def stage_ends(stage: Any, micro_batch: int) -> tuple[Any, Any]:
-    """Outputs and inputs of the forward of ``micro_batch``, before its backward takes them."""
-    return stage.fwd_cache[micro_batch]
+    """Outputs and inputs of the forward of ``micro_batch``, before its backward takes them.
+
+    From torch 2.15 on an output that was sent is gone, and the edge of the graph that made it stands in its place.
+    """
+    states = getattr(stage, "_forward_chunk_states", None)
+    if states is None:  # torch before 2.15
+        return stage.fwd_cache[micro_batch]
+    state = states[micro_batch]
+    return state.stage_output_for_backward(), state.input_values
 
 
 def sharded_units(module: torch.nn.Module) -> dict[torch.nn.Module, tuple[str, bool]]:
