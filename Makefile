@@ -7,16 +7,21 @@ STEPS ?=
 
 VENV := .venv
 XLA := .venv-xla
+# Another torch, in an environment of its own: `make test-torch TORCH=2.14.1`.
+TORCH ?= $(shell sed -n 's/^torch==//p' requirements-newest.txt)
+OTHER := .venv-torch-$(TORCH)
+SUITES ?= tests/backends tests/engine tests/policy tests/modules tests/compat tests/ranks tests/integrations
 BIN := $(VENV)/bin
 # Two test workers on two cores: one thread each.
 ONE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help test demo gpu test-xla lint format types floors docs clean
+.PHONY: help test demo gpu test-xla test-torch lint format types floors docs clean
 
 help:
 	@echo "make demo      train a small GPT on 2 ranks three times and compare: none, torch, distckpt"
 	@echo "make test      lint, types, import floors, tests"
 	@echo "make test-xla  the XLA suite on torch 2.9 + torch-xla 2.9 (a 3 GB download the first time)"
+	@echo "make test-torch TORCH=$(TORCH)  what depends on torch, on any torch from 2.9 on (again 3 GB)"
 	@echo "make gpu       the CUDA tests and benchmarks with the torch of this machine's python3, under nine minutes"
 	@echo "make docs      the pages of docs/ as a site in site/"
 	@echo "make format    ruff format and the fixes ruff can make"
@@ -47,6 +52,14 @@ $(VENV)/.docs: pyproject.toml constraints-dev.txt
 
 $(XLA)/.dev: pyproject.toml constraints-xla.txt
 	$(call install,$(XLA),[test$(comma)xla],torch 2.9 with torch-xla and what the tests need,constraints-xla.txt)
+
+NO_WHEEL := import sys; sys.version_info < (3, 11) and (2, 15) <= tuple(map(int, "$(TORCH)".split(".")[:2])) and \
+	sys.exit("torch $(TORCH) has no wheel for Python 3.10: make test-torch PYTHON=python3.11, or TORCH=2.14.1")
+$(OTHER)/.dev: pyproject.toml constraints-dev.txt
+	@$(PYTHON) -c '$(NO_WHEEL)'
+	@mkdir -p $(OTHER)
+	@sed 's/^torch==[^ ;]*/torch==$(TORCH)/' constraints-dev.txt >$(OTHER)/constraints.txt
+	$(call install,$(OTHER),[test$(comma)hf],torch $(TORCH) and what the tests need,$(OTHER)/constraints.txt)
 
 test: lint types floors
 	$(ONE) $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow"
@@ -80,5 +93,8 @@ test-xla: $(XLA)/.dev
 	$(ONE) PJRT_DEVICE=CPU $(XLA)/bin/python -m pytest -q -n $(JOBS) -m "not xla and not slow" \
 		tests/backends tests/engine tests/policy tests/modules tests/compat tests/ranks
 
+test-torch: $(OTHER)/.dev
+	$(ONE) $(OTHER)/bin/python -m pytest -q -n $(JOBS) -m "not slow" $(SUITES)
+
 clean:
-	rm -rf $(VENV) $(XLA) build dist site .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(XLA) .venv-torch-* build dist site .pytest_cache .ruff_cache
