@@ -114,6 +114,12 @@ class StreamError(DistckptError, ValueError):
     code = "DC116"
 
 
+class ScriptMismatch(ReplayError):
+    """TorchScript ran another graph in the replay than in the forward."""
+
+    code = "DC128"
+
+
 class ScannedRegion(DistckptError, ValueError):
     """A region in a layer that torch_xla's scan traces asks for what only a replay could do."""
 
