@@ -114,6 +114,12 @@ class StreamError(DistckptError, ValueError):
     code = "DC116"
 
 
+class ScriptMismatch(ReplayError):
+    """TorchScript ran another graph in the replay than in the forward."""
+
+    code = "DC128"
+
+
 class NotAFunction(DistckptError, TypeError):
     """What was to run as a region cannot be called: None, a tensor, a list of layers."""
 

@@ -16,9 +16,12 @@ from distckpt_backends import live
 from distckpt._torch import (
     call_without_dynamo,
     dynamo_callback,
+    last_script,
     make_saved_tensor,
     pop_saved_tensors_hooks,
     push_saved_tensors_hooks,
+    script_optimizes,
+    set_script_optimizes,
     skip_frame,
     top_saved_tensors_hooks,
     traced_graph,
@@ -133,6 +136,9 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
             _leave_forward_context(r, None)
         raise
     here.frame = r
+    r.pauses_script = script_optimizes()
+    if r.pauses_script:
+        set_script_optimizes(False)  # see Note [TorchScript] in scripted.py
     return r
 
 
@@ -211,6 +217,8 @@ def close_region(r: Region, out: Any) -> None:
     here.frame = r.outer
     r.outer = None
     r.closed = True
+    if r.pauses_script:
+        set_script_optimizes(True)
     if r.log is not None or r.replay_context is not None:
         _leave_forward_context(r, None)
     before = r.rng_before
@@ -236,6 +244,8 @@ def close_region(r: Region, out: Any) -> None:
         r.tie.attach(out)
     elif r.traced is not None:
         r.traced.seal(r.pins)
+    if last_script() is not None:
+        _remember_nodes(r, out)
 
 
 def abort_region(r: Region, error: BaseException) -> None:
@@ -243,8 +253,17 @@ def abort_region(r: Region, error: BaseException) -> None:
     pop_saved_tensors_hooks()
     here.frame = r.outer
     r.outer = None
+    if r.pauses_script:
+        set_script_optimizes(True)
     if r.log is not None or r.replay_context is not None:
         _leave_forward_context(r, error)
+
+
+def _remember_nodes(r: Region, out: Any) -> None:
+    from distckpt.engine.scripted import nodes
+
+    r.nodes = nodes(out, tensors(inputs.give_back([r.fn, r.args, r.kwargs], "inputs")))
+    r.early_stop = False
 
 
 def _close_stash(r: Region, stash: rng.Stash) -> None:
