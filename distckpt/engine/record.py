@@ -26,7 +26,7 @@ from distckpt._torch import (
     top_saved_tensors_hooks,
     traced_graph,
 )
-from distckpt.engine import ambient, buffers, inputs, rng, sessions, streams, switches
+from distckpt.engine import ambient, buffers, inputs, misuse, rng, sessions, streams, switches
 from distckpt.engine.barrier import Tie
 from distckpt.engine.devices import choose, current_rule, device_types, stashed_backends
 from distckpt.engine.errors import LateDevice, SuppressedException, UnstashedDraw
@@ -210,6 +210,7 @@ def close_region(r: Region, out: Any) -> None:
         UnstashedDraw: random numbers were drawn on a device that the region does not stash.
         LateDevice: a device type came up inside the region.
         BufferChanged: a large buffer changed for the first time.
+        LazyFunction: it returned a generator or a coroutine, which has not run yet.
         ScannedRegion, ScannedDropout: in a traced graph, a value was pinned or the fused dropout used.
     """
     pop_saved_tensors_hooks()
@@ -236,6 +237,8 @@ def close_region(r: Region, out: Any) -> None:
         r.buffers = r.buffers.changes(describe(r.fn, r.options))
     if r.verifier is not None:
         r.verifier.seal(r.buffers)
+    if not r.refs and type(out) in misuse.LAZY and r.options.strict:
+        raise misuse.lazy(describe(r.fn, r.options), out)
     if r.tie is not None:
         r.tie.refuse_loop(r.draws, out)
         r.tie.attach(out)
