@@ -34,7 +34,7 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,10 +72,12 @@ class _Policy(enum.Enum):
     PREFER_CPU_OFFLOAD = 5
 
 
-# Where torch has all six members, its enum is ours: compilers and user code compare with it by identity.
-CheckpointPolicy: Any = (
-    OriginalPolicy if set(_Policy.__members__) <= set(OriginalPolicy.__members__) else _Policy
-)
+if TYPE_CHECKING:
+    CheckpointPolicy = _Policy
+else:  # Where torch has all six members, its enum is ours: compilers and user code compare with it by identity.
+    CheckpointPolicy = (
+        OriginalPolicy if set(_Policy.__members__) <= set(OriginalPolicy.__members__) else _Policy
+    )
 
 
 class SelectiveCheckpointContext:
