@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from typing import TYPE_CHECKING, Any
@@ -43,4 +44,8 @@ def __dir__() -> list[str]:
 
 
 if "torch" in sys.modules:
-    _load()
+    from distckpt_backends.errors import UnsupportedTorch
+
+    # It comes again with the first name that is asked for. Until then `distckpt doctor` can say what is missing.
+    with contextlib.suppress(UnsupportedTorch):
+        _load()

@@ -84,7 +84,7 @@ def test_the_tutorials_blocks_run_in_order_and_print_what_the_page_says() -> Non
 
 
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
-    pytest.importorskip("material", reason="the site needs the dev extra")
+    pytest.importorskip("material", reason="the site needs the docs extra: `make docs` installs it")
     command = [sys.executable, "-W", "ignore", "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

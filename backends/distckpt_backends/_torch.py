@@ -14,6 +14,19 @@ from typing import Any
 
 import torch
 
+from .private import NEWEST, OLDEST, PrivateNames, version
+
+NAMES = PrivateNames(
+    {
+        "devices": ("torch._C:_get_privateuse1_backend_name",),
+        "devices that compile whole programs": (
+            "torch._C:_current_graph_task_id",
+            "torch.autograd:Variable._execution_engine.queue_callback",
+            "torch.utils._python_dispatch:_disable_current_modes",
+        ),
+    }
+)
+
 
 def compiled_types() -> tuple[str, ...]:
     """The accelerator types that this build of torch was compiled for, whether or not the machine has one."""
@@ -31,6 +44,7 @@ def compiled_types() -> tuple[str, ...]:
 
 def private_use_name() -> str:
     """The name that a device extension gave to PrivateUse1; "privateuseone" while none did."""
+    NAMES.need("devices")
     return torch._C._get_privateuse1_backend_name()
 
 
@@ -63,8 +77,7 @@ def cpu_generator_memory(generator: torch.Generator) -> Any | None:
     None where it cannot be found for certain: see Note [Generator memory] in ``cpu.py``. Known for torch 2.9 to
     2.15 on Linux; any other is asked by ``get_state()``.
     """
-    version = tuple(map(int, torch.__version__.split(".")[:2]))
-    if sys.platform != "linux" or not (2, 9) <= version <= (2, 15):
+    if sys.platform != "linux" or not OLDEST <= version() <= NEWEST:
         return None
     try:
         usable_size = ctypes.CDLL(None).malloc_usable_size  # of the block that holds the C++ object
@@ -165,6 +178,7 @@ def _unseen() -> Iterator[None]:
 
 def backward_number() -> int:
     """Which backward autograd runs on this thread, by a number that is never used again; -1 for none."""
+    NAMES.need("devices that compile whole programs")
     return torch._C._current_graph_task_id()
 
 

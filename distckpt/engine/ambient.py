@@ -15,6 +15,8 @@ from distckpt_backends import live
 
 from distckpt._torch import (
     autocast_nesting,
+    deterministic_algorithms,
+    deterministic_warn_only,
     device_context,
     function_mode_depth,
     is_any_autocast_enabled,
@@ -24,8 +26,6 @@ from distckpt._torch import (
 )
 
 _default_dtype = torch.get_default_dtype
-_deterministic = torch._C._get_deterministic_algorithms
-_warn_only = torch._C._get_deterministic_algorithms_warn_only
 _flash, _efficient, _math, _cudnn, _priority = sdp_readers()
 
 # What an inner `torch.autocast(kind)` without a dtype uses when no autocast is on around it.
@@ -38,8 +38,8 @@ def snapshot() -> Ambient:
     """The ambient state now; equal tuples mean equal state."""
     return (
         _default_dtype(),
-        _deterministic(),
-        _warn_only(),
+        deterministic_algorithms(),
+        deterministic_warn_only(),
         _flash(),
         _efficient(),
         _math(),

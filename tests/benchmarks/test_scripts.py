@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(script: str, *arguments: str) -> str:
+def run(script: str, *arguments: str, status: int = 0) -> str:
     """Run a benchmark script in a process of its own and return what it prints."""
     paths = [str(ROOT), str(ROOT / "backends"), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
@@ -24,7 +25,7 @@ def run(script: str, *arguments: str) -> str:
         timeout=120,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     return done.stdout
 
 
@@ -51,6 +52,24 @@ def test_memory_never_exceeds_torchs_in_any_case() -> None:
 def test_gpt_block_gives_equal_gradients() -> None:
     printed = run("gpt_block.py", "--device", "cpu", "--width", "32", "--rounds", "1", "--no-write")
     assert printed.count("| yes ") == 4
+
+
+def test_the_gpu_script_runs_every_part_small_without_a_gpu() -> None:
+    printed = run("gpu.py", "--device", "cpu", "--no-write")
+    peaks = dict(re.findall(r"^\| (none|torch|dc) +\| (\d+\.\d) ", printed, flags=re.MULTILINE))
+    assert set(peaks) == {"none", "torch", "dc"}
+    assert float(peaks["dc"]) <= float(peaks["torch"]) < float(peaks["none"])
+    assert printed.count("| yes ") == 4
+    for variant in ("default", "rng off", "selective, list", "no_grad"):
+        assert f"| {variant} " in printed
+    assert "3 skipped" in printed or "passed" in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_script_says_in_one_sentence_that_there_is_no_gpu() -> None:
+    printed = run("gpu.py", status=2)
+    assert "no GPU here" in printed
+    assert len(printed.splitlines()) == 1
 
 
 def test_partitioned_inputs_give_equal_gradients_at_half_the_bytes() -> None:
