@@ -37,11 +37,14 @@ NAMES = PrivateNames(
             "torch._C:_get_deterministic_algorithms_warn_only",
             "torch._C:_get_dispatch_mode",
             "torch._C:_get_obj_in_tls",
+            "torch._C:_get_graph_executor_optimize",
             "torch._C:_is_any_autocast_enabled",
             "torch._C:_is_key_in_tls",
+            "torch._C:_last_executed_optimized_graph",
             "torch._C:_len_torch_dispatch_stack",
             "torch._C:_len_torch_function_stack",
             "torch._C:_set_grad_enabled",
+            "torch._C:_set_graph_executor_optimize",
             "torch._C:_stash_obj_in_tls",
             "torch._C:DispatchKey.ADInplaceOrView",
             "torch._C:_dispatch_tls_is_dispatch_key_excluded",
@@ -504,3 +507,23 @@ def has_ordered_effect(op: Any) -> bool:
     except TypeError:  # up to 2.9 it asks for the arguments too
         found = has_effects(op, (), {})
     return found and getattr(op, "namespace", "") != "c10d"
+
+
+# Torch runs a scripted function in another way the first time than from the second time on, unless it is told not to.
+script_optimizes: Callable[[], bool] = torch._C._get_graph_executor_optimize
+set_script_optimizes: Callable[[bool], None] = torch._C._set_graph_executor_optimize
+last_script: Callable[[], Any] = torch._C._last_executed_optimized_graph
+"""The TorchScript graph that this thread ran last; None when it never ran one."""
+
+
+def _never() -> bool:
+    return False
+
+
+fx_tracing: Callable[[], bool] = getattr(torch.fx._symbolic_trace, "_get_is_fx_tracing", _never)
+"""Whether ``torch.fx`` is tracing, as Dynamo asks on each thread (2.14; before, it is one flag of the process)."""
+
+
+def set_fx_tracing(value: bool) -> None:
+    """Say whether ``torch.fx`` is tracing."""
+    torch.fx._symbolic_trace._set_is_fx_tracing(value)  # type: ignore[attr-defined]

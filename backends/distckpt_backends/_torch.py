@@ -71,6 +71,10 @@ def registered_module_types() -> tuple[str, ...]:
 _WITHOUT_MODULE = ("lazy", "hpu", "ipu", "ve", "fpga", "maia", "vulkan", "opengl", "opencl", "ideep")
 
 
+# What follows the start of the Mersenne Twister: its seed, position and flag, its words, and two cached normals.
+_BEFORE_WORDS, _WORDS, _CACHED = 20, 624 * 4, 28
+
+
 def cpu_generator_memory(generator: torch.Generator) -> Any | None:
     """The memory in which torch keeps the whole state of a CPU generator, as a live ctypes array of bytes.
 
@@ -80,23 +84,23 @@ def cpu_generator_memory(generator: torch.Generator) -> Any | None:
     if sys.platform != "linux" or not OLDEST <= version() <= NEWEST:
         return None
     try:
-        usable_size = ctypes.CDLL(None).malloc_usable_size  # of the block that holds the C++ object
         base = generator._cdata  # type: ignore[attr-defined]
-    except AttributeError:
+        with open("/proc/self/mem", "rb", buffering=0) as memory:
+            memory.seek(base)
+            block = memory.read(4096)  # ends early where the next page is not there
+    except (AttributeError, OSError, OverflowError, ValueError):
         return None
-    usable_size.argtypes, usable_size.restype = (ctypes.c_void_p,), ctypes.c_size_t
-    size = usable_size(base)
     state = generator.get_state()
     words = struct.unpack_from("<624Q", ctypes.string_at(state.data_ptr(), state.numel()), 24)
     try:
         found = struct.pack("=624I", *words)
     except struct.error:  # the layout of the state itself is another one
         return None
-    block = ctypes.string_at(base, size)
-    start = block.find(found) - 20  # before the words: seed, position and flag of the Mersenne Twister
-    if start < 0 or block.find(found, start + 21) != -1:
+    start = block.find(found) - _BEFORE_WORDS
+    size = _BEFORE_WORDS + _WORDS + _CACHED
+    if start < 0 or start + size > len(block):
         return None
-    return (ctypes.c_char * (size - start)).from_address(base + start)
+    return (ctypes.c_char * size).from_address(base + start)
 
 
 # torch_xla 2.9 --------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def devices() -> list[dict[str, Any]]:
     return found
 
 
-_FIXES = {"xla": "install the extra: pip install 'distckpt[xla]', in an environment of its own"}
+_FIXES = {"xla": "pip install torch==2.9.0 torch-xla==2.9.0, in an environment of its own"}
 
 
 def device_findings(entries: list[dict[str, Any]]) -> list[Finding]:

@@ -6,13 +6,15 @@ differs. A pinned value is kept by every region around it and handed back in the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from distckpt._torch import open_node
 from distckpt.engine.errors import PinMismatch
 from distckpt.engine.state import Frame, here, refuse
+
+T = TypeVar("T")
 
 
 class _Kept:
@@ -39,7 +41,7 @@ class _Replace(torch.autograd.Function):
         return grads[0], None
 
 
-def pin(value: Any) -> Any:
+def pin(value: T) -> T:
     """Return ``value``; inside a region, the value of the first forward in every replay.
 
     Args:

@@ -30,6 +30,8 @@ from distckpt.engine.options import Options
 from distckpt.engine.replay import last_living, replay
 from distckpt.engine.slot import Slot
 from distckpt.engine.traced import Traced
+from distckpt.engine.turns import owners as turns
+from distckpt.engine.turns import waiting_for
 from distckpt.engine.verify import Verifier
 
 _ref = weakref.ref
@@ -70,6 +72,8 @@ class Region:
     traced: Traced | None = (
         None  # inside a graph that is being traced: nothing is dropped here, nothing replayed
     )
+    pauses_script = False  # while it is recorded: TorchScript optimises outside of it
+    nodes: Any = None  # in a thread that runs TorchScript: what autograd nodes the record made
     marks: Any = None  # under the user's hooks: what the inputs were, since autograd then checks no versions
 
     @opaque_to_dynamo
@@ -110,7 +114,7 @@ class Region:
         return self.unpack(slot)
 
     def _replay_for(self, slot: Slot) -> Any:
-        with self.lock:
+        with self.lock if not turns else waiting_for(self.lock):
             value = slot.value  # another device thread may have replayed while this one waited
             while value is None:  # or have taken the value right after this one replayed
                 self.replay()
@@ -157,7 +161,7 @@ class Region:
         Raises:
             CheckpointError: the replay does not match the forward.
         """
-        with self.lock:
+        with self.lock if not turns else waiting_for(self.lock):
             empty = any(slot.value is None for slot in self.living())
             if empty:
                 self.replay()

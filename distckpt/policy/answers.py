@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distckpt._torch import OriginalPolicy
 from distckpt.policy.errors import NoPolicy, OffloadRefused
@@ -20,10 +20,12 @@ class _Policy(enum.Enum):
     PREFER_CPU_OFFLOAD = 5
 
 
-# Where torch has all six members, its enum is ours: compilers and user code compare with it by identity.
-CheckpointPolicy: Any = (
-    OriginalPolicy if set(_Policy.__members__) <= set(OriginalPolicy.__members__) else _Policy
-)
+if TYPE_CHECKING:
+    CheckpointPolicy = _Policy
+else:  # Where torch has all six members, its enum is ours: compilers and user code compare with it by identity.
+    CheckpointPolicy = (
+        OriginalPolicy if set(_Policy.__members__) <= set(OriginalPolicy.__members__) else _Policy
+    )
 
 
 class SelectiveCheckpointContext:

@@ -59,5 +59,5 @@ if __name__ == "__main__":
         for feature, names in table.items():
             for name in names:
                 with without(name) as places:
-                    said[name] = use(room, feature) if places else None
+                    said[name] = (use(room, feature) or None) if places else None
     print(json.dumps(said))

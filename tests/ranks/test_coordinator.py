@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from typing import Any
 
@@ -21,6 +20,7 @@ from distckpt.ranks.errors import (
     StageMissing,
     WorldChanged,
 )
+from tests.processes import run
 from tests.ranks.spawn import run_ranks
 
 
@@ -38,9 +38,8 @@ dc.Coordinator
 after = "distckpt.ranks.coordinator" in sys.modules
 print(json.dumps([before, after, dc.Coordinator is vars(dc)["Coordinator"]]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
+    done = run([sys.executable, "-c", code], limit=120)
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [[], True, True]
 
 
