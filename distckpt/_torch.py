@@ -516,14 +516,7 @@ last_script: Callable[[], Any] = torch._C._last_executed_optimized_graph
 """The TorchScript graph that this thread ran last; None when it never ran one."""
 
 
-def _never() -> bool:
-    return False
-
-
-fx_tracing: Callable[[], bool] = getattr(torch.fx._symbolic_trace, "_get_is_fx_tracing", _never)
-"""Whether ``torch.fx`` is tracing, as Dynamo asks on each thread (2.14; before, it is one flag of the process)."""
-
-
-def set_fx_tracing(value: bool) -> None:
-    """Say whether ``torch.fx`` is tracing."""
-    torch.fx._symbolic_trace._set_is_fx_tracing(value)  # type: ignore[attr-defined]
+# Torch 2.14 and later keep on each thread whether torch.fx is tracing, which Dynamo asks; before, it is a global.
+_fx: Any = importlib.import_module("torch.fx._symbolic_trace")
+fx_tracing: Callable[[], bool] = getattr(_fx, "_get_is_fx_tracing", lambda: False)
+set_fx_tracing: Callable[[bool], None] = getattr(_fx, "_set_is_fx_tracing", lambda value: None)

@@ -83,7 +83,7 @@ def put_back(state: Ambient) -> None:
     _set(state, now)
     if now[8] != state[8]:
         cache, kinds = _autocast()
-        wanted = state[8] or (cache, tuple((k, False, _IDLE_DTYPE.get(k, d)) for k, _, d in kinds))
+        wanted: Any = state[8] or (cache, tuple((k, False, _IDLE_DTYPE.get(k, d)) for k, _, d in kinds))
         _set_autocast(*wanted)
     if now[9] != state[9]:
         torch.set_default_device(None)

@@ -153,11 +153,11 @@ def _replay(r: Region, run: Any) -> None:
     if rewound:
         generators = rng.Rewound(draws, generators, r.idle)
     if now == r.ambient and r.replay_context is None and r.buffers is None:
-        stopped = False
+        stopped: Any = False
         try:
             stopped = run(r, fn, args, kwargs, generators, mismatch)
         finally:
-            if rewound or (generators is not None and not stopped):
+            if generators is not None and (rewound or not stopped):
                 generators.give_back()
             # a function that sets a state and puts it back at its end has not got there
             if ambient.snapshot() != now:
@@ -200,7 +200,6 @@ def _run(
     last = refs[-1] if early and refs else None
     beyond_wanted = refs[wanted] if wanted < len(refs) else None
     stopped = early_end = False
-    ends_anywhere = generators is None or not closed
     suspects: list[Any] = []
     rest: Any = iter(refs)
     check = r.options.determinism_check != "none"
@@ -213,7 +212,7 @@ def _run(
         if ref is None:
             return beyond(x)
         if ref is beyond_wanted:
-            if ends_anywhere or early_end or generators.at_rest():
+            if generators is None or not closed or early_end or generators.at_rest():
                 early_end = True
                 raise Stop
             last = beyond_wanted = None
@@ -233,7 +232,7 @@ def _run(
                 x = x.detach()
             slot.value = x
             saved = ref
-        if ref is last and (ends_anywhere or generators.at_rest()):
+        if ref is last and (generators is None or not closed or generators.at_rest()):
             stopped = early_end = True
             raise Stop
         return saved

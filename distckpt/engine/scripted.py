@@ -22,8 +22,8 @@ from distckpt.engine.inputs import tensors
 
 def nodes(out: Any, inputs: Iterable[torch.Tensor]) -> Counter[str]:
     """Names of the autograd nodes between ``inputs`` and the tensors in ``out``, with how many there are of each."""
-    seen = {t.grad_fn for t in inputs} | {None}
-    waiting = [t.grad_fn for t in tensors(out)]
+    seen: set[Any] = {None, *(t.grad_fn for t in inputs)}
+    waiting: list[Any] = [t.grad_fn for t in tensors(out)]
     names: Counter[str] = Counter()
     while waiting:
         node = waiting.pop()

@@ -21,7 +21,8 @@ from .test_threads import together
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is deprecated
+        for kind in (DeprecationWarning, FutureWarning):  # TorchScript is deprecated
+            warnings.simplefilter("ignore", kind)
         yield
 
 
