@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -154,6 +155,18 @@ def parameter_groups(state: Any) -> list[Any]:
     if groups is None:  # older versions have one at most
         groups = [state._fsdp_param_group] if state._fsdp_param_group else []
     return groups
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether ``value`` is a DTensor, without loading DTensors for it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def is_fsdp1(module: torch.nn.Module) -> bool:
+    """Whether ``module`` is a FullyShardedDataParallel wrapper, without loading FSDP for it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
 
 
 def sharded_by(module: torch.nn.Module) -> str | None:
