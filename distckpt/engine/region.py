@@ -23,6 +23,7 @@ from distckpt._torch import (
 from distckpt.engine import ambient, rng, sessions
 from distckpt.engine.barrier import Tie
 from distckpt.engine.doubt import Doubtful, settle
+from distckpt.engine.errors import BatchedReplay
 from distckpt.engine.events import failed
 from distckpt.engine.mismatch import mutated
 from distckpt.engine.modes import other_way
@@ -138,6 +139,10 @@ class Region:
         try:
             replay(self)
         except Exception as error:
+            if type(error) is RuntimeError and "vmap" in str(error) and self.options.strict:
+                batched = _batched(self, error)
+                failed(self, batched)
+                raise batched from error
             failed(self, error)
             raise
         self.backward = task if current is None else current
@@ -180,6 +185,15 @@ def _end_of_backward(ref: weakref.ref[Region]) -> None:
     region = ref()
     if region is not None and region.session is None:
         region.clear()
+
+
+def _batched(region: Region, error: Exception) -> BatchedReplay:
+    return BatchedReplay(
+        "vmap does not go through the replay of a region",
+        where=describe(region.fn, region.options),
+        why=str(error).split(". ")[0],
+        fix="take single gradients instead of batched ones, and call the function plainly inside of vmap",
+    )
 
 
 def owner(region: Region) -> tuple[torch.nn.Module | None, bool]:
