@@ -138,6 +138,12 @@ class LazyFunction(DistckptError, TypeError):
     code = "DC138"
 
 
+class BatchedReplay(ReplayError):
+    """A replay under ``vmap`` failed: its forward ran under another one, or it draws random numbers."""
+
+    code = "DC129"
+
+
 class ScannedRegion(DistckptError, ValueError):
     """A region in a layer that torch_xla's scan traces asks for what only a replay could do."""
 

@@ -87,7 +87,8 @@ def is_engine_hook(pair: tuple[Any, Any]) -> bool:
     return str(getattr(pair[1], "__module__", "")).startswith("distckpt.engine.")
 
 
-def _last_living(refs: list[Any]) -> int:
+def last_living(refs: list[Any]) -> int:
+    """How many saves there were up to the last one whose slot still lives."""
     n = len(refs)
     while n and refs[n - 1]() is None:
         n -= 1
@@ -101,17 +102,25 @@ def replay(r: Region, run: Any = None) -> None:
         CheckpointError: the run did not match the record; the slots are left empty.
         InputChanged: an owned input was changed in place since.
     """
-    frame = here.frame
-    here.frame = Frame(r, frame)  # already now: a user's unpack hook is no part of what runs around
+    outer = here.frame
+    here.frame = frame = Frame(r, outer)  # already now: a user's unpack hook is no part of what runs around
     pauses_script = r.nodes is not None and script_optimizes()
     if pauses_script:
         set_script_optimizes(False)  # see Note [TorchScript] in scripted.py
     try:
         _replay(r, run or _run)
+    except BaseException as raised:
+        if frame.refused is None:
+            raise
+        r.clear()
+        raise frame.refused.with_traceback(raised.__traceback__) from None
     finally:
-        here.frame = frame
+        here.frame = outer
         if pauses_script:
             set_script_optimizes(True)
+    if frame.refused is not None:  # a bare `except` of the function's took it for one of its own
+        r.clear()
+        raise frame.refused
 
 
 def _replay(r: Region, run: Any) -> None:
@@ -193,7 +202,7 @@ def _run(
     # While it is settled its last operator must finish, and nothing after it may run.
     settling = here.settling is r and not closed
     early = not settling and (not closed or (r.early_stop and r.verifier is None))
-    wanted = _last_living(refs) if early and r.options.strict else len(refs)
+    wanted = last_living(refs) if early and r.options.strict else len(refs)
     last = refs[-1] if early and refs else None
     beyond_wanted = refs[wanted] if wanted < len(refs) else None
     stopped = early_end = False

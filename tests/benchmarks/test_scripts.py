@@ -88,8 +88,8 @@ def test_ranks_check_raises_on_every_rank_and_counts_its_requests() -> None:
     printed = run("ranks_check.py", "--worlds", "2", "3", "--rounds", "2", "--no-write")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()[2:]]
     assert [row[0] for row in rows] == ["2", "3"]
-    assert [row[4] for row in rows] == ["2", "3"]
-    assert [row[5] for row in rows] == ["19", "25"]  # 6 per rank and 7
+    assert [row[6] for row in rows] == ["2", "3"]
+    assert [row[7] for row in rows] == ["20", "26"]  # 6 per rank and 8
 
 
 def test_ranks_fsdp_gathers_no_more_with_our_regions_than_without() -> None:

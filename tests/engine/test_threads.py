@@ -155,29 +155,44 @@ def drop(t: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("shared", ["default generator", "registered generator"])
 def test_replays_that_draw_from_one_generator_on_two_threads_take_turns(shared: str) -> None:
-    """Each replay lets the other thread in between two draws; without turns both draw from one rewound state."""
+    """The second replay comes between two draws of the first, and lets it finish; without turns the second draw of
+    the first is one of the second's."""
     own = torch.Generator().manual_seed(3) if shared == "registered generator" else None
     inside = [threading.Event(), threading.Event()]
+    first_is_done = threading.Event()
 
     def fn(me: int, t: torch.Tensor) -> torch.Tensor:
         t = t.sin() * (torch.rand(64, generator=own) > 0.5)
         if dc.is_recomputing():
             inside[me].set()
-            inside[1 - me].wait(0.3)
+            (first_is_done if me else inside[1]).wait(0.5)
         return t.sin() * (torch.rand(64, generator=own) > 0.5)
 
-    def grads(region: Region, both: Callable[..., Any]) -> list[Any]:
+    def program(region: Region, both: Callable[..., Any]) -> list[Any]:
         torch.manual_seed(0)
         xs = [leaf(64, seed=i) for i in range(2)]
         outs = [region(functools.partial(fn, i), x).sum() for i, x in enumerate(xs)]
-        found = both(*(functools.partial(torch.autograd.grad, o, x) for o, x in zip(outs, xs, strict=True)))
-        return [*(g for (g,) in found), torch.rand(3, generator=own)]
+        grads = [functools.partial(torch.autograd.grad, o, x) for o, x in zip(outs, xs, strict=True)]
+        return [*(g for (g,) in both(*grads)), torch.rand(3, generator=own)]
+
+    def interleaved(first: Callable[[], Any], second: Callable[[], Any]) -> list[Any]:
+        def run_first() -> Any:
+            try:
+                return first()
+            finally:
+                first_is_done.set()
+
+        def run_second() -> Any:
+            assert inside[0].wait(20)
+            return second()
+
+        return together(run_first, run_second)
 
     with dc.rng.register("own", own) if own is not None else contextlib.nullcontext():
-        want = grads(plain, lambda *jobs: [job() for job in jobs])
+        want = program(plain, lambda *jobs: [job() for job in jobs])
         if own is not None:
             own.manual_seed(3)
-        found = grads(dc.checkpoint, together)
+        found = program(dc.checkpoint, interleaved)
     assert all(map(same_bits, want, found))
     assert all(event.is_set() for event in inside)
 
