@@ -27,27 +27,25 @@ from distckpt.ranks.switch import DEFAULT, Stream, generators, switch
 _VERSION = 2
 
 
-def state_dict(coordinator: Any = None) -> dict[str, Any]:
-    """The states of every random stream on every rank. A collective: every rank calls it.
+def own_state() -> bytes:
+    """The states of every random stream of this rank, as plain data.
+
+    Raises:
+        UnsavableStream: the state of a source is no plain data (DC454).
+        StreamInUse: inside a block of a stream (DC451).
+    """
+    switch.refuse_inside("saved")
+    return plain_data.dumps(_mine())
+
+
+def together(mine: bytes) -> dict[str, Any]:
+    """What every rank has as its :func:`own_state`, as one value. A collective: every rank calls it.
 
     Returns:
         ``{"version": int, "world": int, "states": bytes}``, equal on all ranks; ``states`` is plain data, one
         entry per global rank: its default generators, named streams and registered generators and sources.
-
-    Raises:
-        UnsavableStream: on every rank, when the state of a source is no plain data on one (DC454).
-        StreamInUse: inside a block of a stream (DC451).
     """
-    switch.refuse_inside("saved")
-    try:
-        mine: Any = plain_data.dumps(_mine())
-    except UnsavableStream as error:
-        mine = error  # the others wait for this rank, so it must not raise alone
     everyone = exchange.gather(mine)
-    failed = [(rank, found) for rank, found in enumerate(everyone) if isinstance(found, UnsavableStream)]
-    if failed:
-        rank, error = failed[0]
-        raise UnsavableStream(f"rank {rank}: {error.what}", why=error.why, fix=error.fix)
     return {"version": _VERSION, "world": len(everyone), "states": plain_data.dumps(everyone)}
 
 
@@ -92,12 +90,11 @@ def _registered() -> list[Any]:
     return [s for s in engine_streams.registered() if s is not switch]
 
 
-def load_state_dict(coordinator: Any, state: dict[str, Any], strict: bool = True) -> None:
+def load_state_dict(state: dict[str, Any], strict: bool = True) -> None:
     """Put this global rank's states back. No communication; loads everything or, after an error, nothing.
 
     Args:
-        coordinator: unused; the facade passes itself.
-        state: what :func:`state_dict` gave, on any rank.
+        state: what :func:`together` gave, on any rank.
         strict: refuse a state of another number of ranks, of other streams or of another place in the mesh. With
             False a named stream continues where the saved stream with its name, seed and coordinates stood, whatever
             rank that was, and one without a counterpart begins at its seed; the default generators and the
@@ -171,16 +168,16 @@ def _not_ours(why: str) -> WrongState:
 
 def _is_entry(found: Any) -> bool:
     """Whether the plain data of one rank has the form that :func:`_mine` gives it."""
-    if type(found) is not dict or set(found) != {"default", "named", "registered"}:
+    try:
+        parts: list[dict[Any, Any]] = [found[name] for name in ("default", "named", "registered")]
+        named = all(
+            (type(base), type(states)) == (int, dict)
+            and all((type(dim), type(i)) == (str, int) for dim, i in coordinates)
+            for base, coordinates, states in found["named"].values()
+        )
+        return named and all(type(p) is dict and all(type(key) is str for key in p) for p in parts)
+    except (TypeError, ValueError, LookupError, AttributeError):
         return False
-    if not all(type(part) is dict and all(type(key) is str for key in part) for part in found.values()):
-        return False
-    return all(
-        type(entry) is tuple
-        and [type(part) for part in entry] == [int, tuple, dict]
-        and all(type(at) is tuple and [type(part) for part in at] == [str, int] for at in entry[1])
-        for entry in found["named"].values()
-    )
 
 
 def _named(everyone: list[Any], mine: Any, strict: bool) -> dict[str, Stream]:

@@ -179,7 +179,7 @@ def test_every_option_of_torchs_reaches_every_unit(coord: Coordinator) -> None:
     assert handle.options["stack.layers.0"]["reshard_after_forward"] is True
     assert handle.options["stack.layers.1"]["reshard_after_forward"] is False
     assert handle.options[""]["mp_policy"] == MixedPrecisionPolicy()
-    assert fsdp_state(model.stack.layers[0])._mp_policy is precision
+    assert fsdp_state(model.stack.layers[0])._mp_policy == precision
     assert type(model.embed.weight) is nn.Parameter
     (group,) = parameter_groups(fsdp_state(model.stack.layers[0]))
     assert group.mesh_info.mesh is mesh
