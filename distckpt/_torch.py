@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from distckpt_backends.private import PrivateNames, warn_if_untried
+from torch.utils import _pytree
 
 NAMES = PrivateNames(
     {
@@ -45,7 +46,9 @@ NAMES = PrivateNames(
             "torch._C:_set_grad_enabled",
             "torch._C:_set_graph_executor_optimize",
             "torch._C:_stash_obj_in_tls",
-            "torch._C:_SetExcludeDispatchKeyGuard",
+            "torch._C:DispatchKey.ADInplaceOrView",
+            "torch._C:_dispatch_tls_is_dispatch_key_excluded",
+            "torch._C:_dispatch_tls_set_dispatch_key_excluded",
             "torch._C:_TorchDispatchModeKey",
             "torch._C:_get_cudnn_sdp_enabled",
             "torch._C:_get_flash_sdp_enabled",
@@ -70,9 +73,10 @@ NAMES = PrivateNames(
             "torch.utils._device:DeviceContext",
             "torch.utils._python_dispatch:_disable_current_modes",
             "torch.utils._python_dispatch:TorchDispatchMode",
+            "torch.utils._pytree:SUPPORTED_NODES",
+            "torch.utils._pytree:_get_node_type",
             "torch.utils._pytree:tree_flatten",
             "torch.utils._pytree:tree_leaves",
-            "torch.utils._pytree:tree_map",
             "torch.utils._pytree:tree_unflatten",
             "torch.utils.checkpoint:SAC_IGNORED_OPS",
             "torch.utils.checkpoint:_allowed_determinism_checks_to_fns",
@@ -331,14 +335,23 @@ def device_context() -> torch.device | None:
     return None
 
 
-def detach_below_autograd(x: torch.Tensor) -> torch.Tensor:
-    """Detach from inside a dispatch mode so that views made below autograd share a version counter.
+_IN_PLACE_OR_VIEW = torch._C.DispatchKey.ADInplaceOrView
+_key_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+_exclude_key = torch._C._dispatch_tls_set_dispatch_key_excluded
 
-    A dispatch mode runs under the ADInplaceOrView key; excluding nothing there keeps
-    ``x.detach()._version`` tied to ``x``.
+
+def detach_below_autograd(x: torch.Tensor) -> torch.Tensor:
+    """An alias of ``x`` without history that shares its version counter, also from inside a dispatch mode.
+
+    A mode runs below the ADInplaceOrView key, which is what ties the counters of a view and its base together.
     """
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+    if not _key_is_excluded(_IN_PLACE_OR_VIEW):
         return x.detach()
+    _exclude_key(_IN_PLACE_OR_VIEW, False)
+    try:
+        return x.detach()
+    finally:
+        _exclude_key(_IN_PLACE_OR_VIEW, True)
 
 
 def preserve_versions(tensors: tuple[torch.Tensor, ...]) -> contextlib.AbstractContextManager[Any]:
@@ -451,15 +464,35 @@ def is_aot_tracing() -> bool:
     return TracingContext.try_get() is not None or is_proxy_tracing()
 
 
-def compiled_region_key(func: Any, args: tuple[Any, ...]) -> Any:
-    """A key for an inductor-compiled call, one per compiled region (pytorch#175258), or ``func`` itself."""
+def is_compiled_region(func: Any) -> bool:
+    """Whether ``func`` is the one operator of all inductor-compiled calls, see :func:`compiled_region_key`."""
     try:
         from torch._higher_order_ops.wrap import _resolve_inductor_callable, inductor_compiled_code
     except ImportError:  # before 2.11 such calls never reach a dispatch mode
-        return func
-    if func is inductor_compiled_code and args:
-        return func, _resolve_inductor_callable(args[0]).idx
-    return func
+        return False
+    del _resolve_inductor_callable
+    return func is inductor_compiled_code
+
+
+def compiled_region_key(func: Any, args: tuple[Any, ...]) -> Any:
+    """A key for an inductor-compiled call, one per compiled region (pytorch#175258)."""
+    from torch._higher_order_ops.wrap import _resolve_inductor_callable
+
+    return (func, _resolve_inductor_callable(args[0]).idx) if args else func
+
+
+def open_node(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
+    """The children of a container that torch's pytree knows and what makes it again of others, or None for a leaf."""
+    node = _pytree.SUPPORTED_NODES.get(_pytree._get_node_type(value))
+    if node is None:
+        return None
+    children, context = node.flatten_fn(value)
+    return list(children), lambda parts: node.unflatten_fn(parts, context)
+
+
+def wait_for_collective(x: torch.Tensor) -> None:
+    """Wait until a functional collective has filled ``x``."""
+    torch.ops._c10d_functional.wait_tensor(x)
 
 
 def has_ordered_effect(op: Any) -> bool:

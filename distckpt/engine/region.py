@@ -22,13 +22,14 @@ from distckpt._torch import (
 )
 from distckpt.engine import ambient, rng, sessions
 from distckpt.engine.barrier import Tie
+from distckpt.engine.closure import Captured
 from distckpt.engine.doubt import Doubtful, settle
 from distckpt.engine.errors import BatchedReplay
 from distckpt.engine.events import failed
 from distckpt.engine.mismatch import mutated
 from distckpt.engine.modes import other_way
 from distckpt.engine.options import Options
-from distckpt.engine.replay import replay
+from distckpt.engine.replay import last_living, replay
 from distckpt.engine.slot import Slot
 from distckpt.engine.traced import Traced
 from distckpt.engine.turns import owners as turns
@@ -45,6 +46,8 @@ class Region:
     fn: Any
     args: list[Any]
     kwargs: Any = None
+    captured: list[Captured] | None = None  # what its functions read by name
+    repeats = False  # the call names one thing several times
     options: Options
     refs: list[weakref.ref[Slot]]
     lock: Any
@@ -62,6 +65,7 @@ class Region:
     )
     idle: list[rng.Draw] | None = None  # other streams that are where they were
     pins: list[Any] | None = None
+    kept: Any = None  # what selective contexts keep for it
     session: sessions.Session | None = None
     inner = False  # in a session: whether the record lies in that of another region
     backward: Any = None  # the graph task or session of the last replay
@@ -149,6 +153,11 @@ class Region:
             self.session.replayed(self)
         elif current is None and task != -1 and len(self.refs) > 1:  # a single value is taken at once
             queue_callback(partial(_end_of_backward, _ref(self)))
+
+    def reach(self) -> int:
+        """A replay that stops early reaches no operator that ran after this many saves of the record."""
+        living = last_living(self.refs) if self.options.strict else len(self.refs)
+        return living if living == len(self.refs) else living + 1
 
     def living(self) -> list[Slot]:
         """The slots that autograd still holds."""

@@ -33,7 +33,7 @@ from distckpt._torch import (
     set_grad_enabled,
     set_script_optimizes,
 )
-from distckpt.engine import ambient, rng
+from distckpt.engine import ambient, closure, inputs, rng
 from distckpt.engine.doubt import doubt
 from distckpt.engine.errors import ReplayError
 from distckpt.engine.events import counters
@@ -87,7 +87,8 @@ def is_engine_hook(pair: tuple[Any, Any]) -> bool:
     return str(getattr(pair[1], "__module__", "")).startswith("distckpt.engine.")
 
 
-def _last_living(refs: list[Any]) -> int:
+def last_living(refs: list[Any]) -> int:
+    """How many saves there were up to the last one whose slot still lives."""
     n = len(refs)
     while n and refs[n - 1]() is None:
         n -= 1
@@ -101,40 +102,54 @@ def replay(r: Region, run: Any = None) -> None:
         CheckpointError: the run did not match the record; the slots are left empty.
         InputChanged: an owned input was changed in place since.
     """
-    frame = here.frame
-    here.frame = Frame(r, frame)  # already now: a user's unpack hook is no part of what runs around
+    outer = here.frame
+    here.frame = frame = Frame(r, outer)  # already now: a user's unpack hook is no part of what runs around
     pauses_script = r.nodes is not None and script_optimizes()
     if pauses_script:
         set_script_optimizes(False)  # see Note [TorchScript] in scripted.py
     try:
         _replay(r, run or _run)
+    except BaseException as raised:
+        if frame.refused is None:
+            raise
+        r.clear()
+        raise frame.refused.with_traceback(raised.__traceback__) from None
     finally:
-        here.frame = frame
+        here.frame = outer
         if pauses_script:
             set_script_optimizes(True)
+    if frame.refused is not None:  # a bare `except` of the function's took it for one of its own
+        r.clear()
+        raise frame.refused
 
 
 def _replay(r: Region, run: Any) -> None:
+    memo: dict[int, Any] | None = {} if r.repeats else None
     try:
-        args = [a.unpack() if type(a) is SavedTensor else a for a in r.args]
+        args = [a.unpack() if type(a) is SavedTensor and memo is None else a for a in r.args]
     except RuntimeError:
         if r.options.strict:
             give_back(r.args, "args")  # raises it again, naming the argument
         raise
     for i, a in enumerate(args):
-        if type(a) is Packed:
-            args[i] = give_back(a, f"args[{i}]")
-    kwargs = {} if r.kwargs is None else give_back(r.kwargs, "kwargs")
-    fn = r.fn if type(r.fn) is not Packed else give_back(r.fn, "function")
+        if type(a) in inputs.OWNED:
+            args[i] = give_back(a, f"args[{i}]", memo)
+    kwargs = {} if r.kwargs is None else give_back(r.kwargs, "kwargs", memo)
+    fn = r.fn if type(r.fn) is not Packed else give_back(r.fn, "function", memo)
+    captured: list[torch.Tensor] = []
+    if r.captured is not None:
+        captured, renewed = closure.recall(r.captured, memo)
+        if renewed is not None:
+            fn, args, kwargs = renewed.call(fn), [renewed.value(a) for a in args], renewed.value(kwargs)
     owned = started = None
     if r.marks is not None:
-        owned = (fn, args, kwargs) if r.options.strict else args
+        owned = (fn, args, kwargs, captured) if r.options.strict else args
         check_marks(r.marks, owned)
         started = marks(owned)
     counters.replays += 1
     if r.tie is not None:
         fn, args, kwargs = r.tie.bind(fn, args, kwargs)
-    mismatch = Mismatch(r, (fn, args, kwargs))
+    mismatch = Mismatch(r, (fn, args, kwargs, captured))
     now = ambient.snapshot()
     draws = r.draws if r.closed else rng.so_far(r.rng_before, r.stash)
     generators: Any = r.idle_cpu
@@ -187,7 +202,7 @@ def _run(
     # While it is settled its last operator must finish, and nothing after it may run.
     settling = here.settling is r and not closed
     early = not settling and (not closed or (r.early_stop and r.verifier is None))
-    wanted = _last_living(refs) if early and r.options.strict else len(refs)
+    wanted = last_living(refs) if early and r.options.strict else len(refs)
     last = refs[-1] if early and refs else None
     beyond_wanted = refs[wanted] if wanted < len(refs) else None
     stopped = early_end = False
