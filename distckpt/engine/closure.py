@@ -155,6 +155,8 @@ def capture(fn: Any, scan: Scan) -> list[Captured] | None:
                 if scan.hooked:
                     scan.captured = [*(scan.captured or ()), value]
                 values[i] = scan.tensor(value)
+            elif isinstance(value, torch.Generator):
+                scan.generator(value)
             else:
                 scan.modules = True
                 if isinstance(value, _HOLDERS):
@@ -166,7 +168,7 @@ def capture(fn: Any, scan: Scan) -> list[Captured] | None:
         if values:
             kept.append(_captured(f, names, values))
     if helpers:
-        assigns = _capture_helpers(kept, helpers) or assigns
+        assigns = _capture_helpers(kept, helpers, scan) or assigns
     if assigns:
         scan.modules = True
         if len(kept) > 1:
@@ -174,7 +176,7 @@ def capture(fn: Any, scan: Scan) -> list[Captured] | None:
     return kept or None
 
 
-def _capture_helpers(kept: list[Captured], helpers: list[FunctionType]) -> bool:
+def _capture_helpers(kept: list[Captured], helpers: list[FunctionType], scan: Scan) -> bool:
     """Functions that others call by a global name. What they read may be for other calls: kept, but not owned."""
     seen = {id(c.fn) for c in kept}
     assigns = False
@@ -184,7 +186,9 @@ def _capture_helpers(kept: list[Captured], helpers: list[FunctionType]) -> bool:
             names = _names.get(f.__code__) or _find_names(f)
             values = _held(f, names)
             for value in values:
-                if type(value) not in _PLAIN and isinstance(value, _HOLDERS):
+                if isinstance(value, torch.Generator):
+                    scan.generator(value)
+                elif type(value) not in _PLAIN and isinstance(value, _HOLDERS):
                     helpers += [g for g in _functions_in(value) if g.__globals__ is f.__globals__]
             if values:
                 kept.append(_captured(f, names, values))
@@ -230,6 +234,16 @@ def _leave_assigned(kept: list[Captured]) -> None:
                 c.values[i] = _LIVE
 
 
+def held_tensors(kept: list[Captured]) -> list[torch.Tensor]:
+    """What now stands where the names held an owned tensor."""
+    return [
+        now
+        for c in kept
+        for value, now in zip(c.values, _held(c.fn, c.names), strict=True)
+        if type(value) in OWNED
+    ]
+
+
 def _name(c: Captured, i: int) -> str:
     names = (*c.names.globals, *c.fn.__code__.co_freevars)
     return names[i] if i < len(names) else "a default"
@@ -263,8 +277,8 @@ class Renewed:
 
         return run
 
-    def value(self, value: Any) -> Any:
-        """``value`` with the functions in it exchanged; itself when there are none."""
+    def value(self, value: Any, inside: tuple[Any, ...] = ()) -> Any:
+        """``value`` with the functions in it exchanged; itself when there are none, or when it is ``inside`` itself."""
         kind = type(value)
         if kind in _PLAIN or isinstance(value, _Tensor):
             return value
@@ -277,9 +291,10 @@ class Renewed:
             fn = self.value(value.function)
             return value if fn is value.function else value.around(fn)
         opened = parts_of(value)
-        if opened is None:
+        if opened is None or any(value is around for around in inside):
             return value
-        parts = [self.value(part) for part in opened[0]]
+        inside = (*inside, value)
+        parts = [self.value(part, inside) for part in opened[0]]
         same = all(part is old for part, old in zip(parts, opened[0], strict=True))
         return value if same else opened[1]()(parts)
 
