@@ -30,13 +30,14 @@ _LIBRARIES = frozenset({"torch", "distckpt", "distckpt_backends"})
 _PLAIN = frozenset({int, float, bool, str, type(None), ModuleType, BuiltinFunctionType, type, object})
 _contents = attrgetter("cell_contents")
 _NONE: list[torch.Tensor] = []
+_NORMALISATIONS = frozenset({"batch_norm", "native_batch_norm"})
 _HOLDERS = (FunctionType, MethodType, partial, tuple, Wrapping)
 
 
 class Names:
     """The names that a code object, with the functions inside it, reads or assigns outside itself."""
 
-    __slots__ = ("absent", "assigned", "assigns", "globals", "live_cells")
+    __slots__ = ("absent", "assigned", "assigns", "globals", "live_cells", "normalises")
 
     def __init__(self, code: CodeType, library: bool) -> None:
         read, assigned = _globals(code)
@@ -46,6 +47,7 @@ class Names:
         self.absent = (_ABSENT,) * len(self.globals)
         self.live_cells = [i for i, name in enumerate(code.co_freevars, len(self.globals)) if name in cells]
         self.assigns = bool(self.assigned or cells)
+        self.normalises = _normalises(code)
 
 
 _names: dict[CodeType, Names] = {}
@@ -72,6 +74,12 @@ def _globals(code: CodeType) -> tuple[set[str], set[str]]:
             read |= more[0]
             assigned |= more[1]
     return read, assigned
+
+
+def _normalises(code: CodeType) -> bool:
+    return not _NORMALISATIONS.isdisjoint(code.co_names) or any(
+        _normalises(inner) for inner in code.co_consts if type(inner) is CodeType
+    )
 
 
 def _assigned_cells(code: CodeType, free: frozenset[str]) -> set[str]:
@@ -136,6 +144,7 @@ def capture(fn: Any, scan: Scan) -> list[Captured] | None:
     if type(fn) is FunctionType and scan.functions is None:
         names = _names.get(fn.__code__) or _find_names(fn)
         values = _held(fn, names)
+        scan.normalises = names.normalises
         if not names.assigns and _PLAIN.issuperset(map(type, values)):
             return [_captured(fn, names, values)] if values else None
     found = [fn] if type(fn) is FunctionType else _functions_in(fn)
@@ -148,6 +157,7 @@ def capture(fn: Any, scan: Scan) -> list[Captured] | None:
         names = _names.get(f.__code__) or _find_names(f)
         values = _held(f, names)
         assigns = assigns or names.assigns
+        scan.normalises = scan.normalises or names.normalises
         for i, value in enumerate(values):
             if type(value) in _PLAIN:
                 continue
@@ -184,6 +194,7 @@ def _capture_helpers(kept: list[Captured], helpers: list[FunctionType], scan: Sc
         if id(f) not in seen:
             seen.add(id(f))
             names = _names.get(f.__code__) or _find_names(f)
+            scan.normalises = scan.normalises or names.normalises
             values = _held(f, names)
             for value in values:
                 if isinstance(value, torch.Generator):

@@ -118,6 +118,7 @@ class Scan:
     hooked = False  # what is saved goes through hooks, which make another tensor of it
     repeats = False
     generators: list[torch.Generator] | None = None
+    normalises = False  # a function of the call may hand statistics to a normalisation itself
     modules = False  # a name of the region's function may lead to a module
 
     def tensor(self, x: torch.Tensor) -> Any:

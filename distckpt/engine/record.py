@@ -107,6 +107,9 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
         r.repeats = scan.repeats
         generators = scan.generators
         r.buffers = buffers.watch(fn if scan.modules or type(fn) is not FunctionType else None, args, kwargs)
+        if scan.normalises:
+            held = closure.held_tensors(r.captured) if r.captured is not None else []
+            r.buffers = buffers.with_statistics(r.buffers, tensors((fn, args, kwargs, held)))
     else:
         r.fn = fn
         if marked:
