@@ -211,3 +211,19 @@ def test_closing_a_region_unpacks_none_of_its_inputs_where_torchscript_ran() -> 
         assert same_bits(torch.autograd.grad(want.sum(), x)[0], torch.autograd.grad(out.sum(), x)[0])
 
     together(job)
+
+
+class Named(torch.Tensor):
+    """A tensor subclass that changes nothing."""
+
+
+def test_a_region_over_a_tensor_subclass_replays_where_torchscript_ran() -> None:
+    torch.jit.CompilationUnit(SOURCE).f(leaf(3, 3), leaf(3, 3))
+
+    def run(region: Region) -> torch.Tensor:
+        x = leaf(4)
+        region(lambda a: (a.sin() * 3).cos(), (x * 2).as_subclass(Named)).sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    assert torch.equal(run(dc.checkpoint), run(plain))
