@@ -33,7 +33,7 @@ _STATISTICS = ("running_mean", "running_var")  # batch_norm writes them without 
 
 _global_names: dict[CodeType, tuple[str, ...]] = {}
 _known_to_change: weakref.WeakKeyDictionary[Module, set[str]] = weakref.WeakKeyDictionary()
-_trees: weakref.WeakKeyDictionary[Module, _Tree] = weakref.WeakKeyDictionary()
+_trees: weakref.WeakKeyDictionary[Module, Tree] = weakref.WeakKeyDictionary()
 
 
 def reached_modules(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Module] | None:
@@ -111,26 +111,36 @@ def _names(code: CodeType) -> set[str]:
     return names.union(*(_names(c) for c in code.co_consts if type(c) is CodeType))
 
 
-class _Tree:
-    """The modules below one module that have buffers, rebuilt when a module or buffer was added or removed."""
+class Tree:
+    """The modules below one module that have buffers, rebuilt when a module or buffer was added or removed.
 
-    __slots__ = ("owners", "sizes")
+    ``parameters`` are the dicts in which the modules hold theirs.
+    """
+
+    __slots__ = ("owners", "parameters", "sizes")
 
     def __init__(self, root: Module) -> None:
         modules = list(root.modules())
         self.sizes = [(d, len(d)) for m in modules for d in (m._modules, m._buffers)]
         # Weak: the tree is the value of a weak dictionary whose key is one of these modules.
         self.owners = [weakref.ref(m) for m in modules if m._buffers]
+        self.parameters = [m._parameters for m in modules]
 
     def valid(self) -> bool:
         return all(len(d) == n for d, n in self.sizes)
 
 
-def _owners(root: Module) -> list[Module]:
+def reached_trees(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tree] | None:
+    """One tree for each module that the call ``fn(*args, **kwargs)`` can reach."""
+    roots = reached_modules(fn, args, kwargs)
+    return None if roots is None else [_tree(root) for root in roots]
+
+
+def _tree(root: Module) -> Tree:
     tree = _trees.get(root)
     if tree is None or not tree.valid():
-        tree = _trees[root] = _Tree(root)
-    return [m for ref in tree.owners if (m := ref()) is not None]
+        tree = _trees[root] = Tree(root)
+    return tree
 
 
 class _Entry:
@@ -153,15 +163,15 @@ class _Entry:
         return self.owner._buffers.get(self.key) is not self.tensor or self.tensor._version != self.version
 
 
-def watch(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Buffers | None:
-    """The buffers that the call may change, as they are now; None when there are none."""
-    roots = reached_modules(fn, args, kwargs)
-    if not roots:
+def watch(trees: list[Tree]) -> Buffers | None:
+    """The buffers in ``trees``, as they are now; None when there are none."""
+    owners = [m for tree in trees for ref in tree.owners if (m := ref()) is not None]
+    if not owners:
         return None
     entries = []
     # which buffers are copied is no matter of a mode around: it may differ between record and replay
     with without_dispatch_modes() if dispatch_mode_is_on() else contextlib.nullcontext():
-        for owner in dict.fromkeys(m for root in roots for m in _owners(root)):
+        for owner in dict.fromkeys(owners):
             for key, tensor in owner._buffers.items():
                 if tensor is not None:
                     entries.append(_Entry(owner, key, tensor))

@@ -25,7 +25,18 @@ from distckpt._torch import (
     top_saved_tensors_hooks,
     traced_graph,
 )
-from distckpt.engine import ambient, buffers, closure, inputs, misuse, rng, sessions, streams, switches
+from distckpt.engine import (
+    ambient,
+    buffers,
+    closure,
+    inputs,
+    misuse,
+    parameters,
+    rng,
+    sessions,
+    streams,
+    switches,
+)
 from distckpt.engine.barrier import Tie
 from distckpt.engine.devices import choose, current_rule, device_types, stashed_backends
 from distckpt.engine.errors import LateDevice, SuppressedException, UnstashedDraw
@@ -104,7 +115,11 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
         if marked:
             r.marks = inputs.marks((fn, args, kwargs, scan.captured))
         r.repeats = scan.repeats
-        r.buffers = buffers.watch(fn if scan.modules or type(fn) is not FunctionType else None, args, kwargs)
+        r.trees = buffers.reached_trees(
+            fn if scan.modules or type(fn) is not FunctionType else None, args, kwargs
+        )
+        if r.trees is not None:
+            r.buffers = buffers.watch(r.trees)
     else:
         r.fn = fn
         if marked:
@@ -238,6 +253,9 @@ def close_region(r: Region, out: Any) -> None:
             _close_stash(r, r.stash)
         elif live():
             _late(r, rng.newly_live(()))
+    if r.trees is not None:
+        r.parameters = parameters.hold(r.trees)
+        r.trees = None
     if r.buffers is not None:
         r.buffers = r.buffers.changes(describe(r.fn, r.options))
     if r.verifier is not None:

@@ -22,6 +22,7 @@ from distckpt._torch import (
 )
 from distckpt.engine import ambient, rng, sessions
 from distckpt.engine.barrier import Tie
+from distckpt.engine.buffers import Tree
 from distckpt.engine.closure import Captured
 from distckpt.engine.doubt import Doubtful, settle
 from distckpt.engine.errors import BatchedReplay
@@ -29,6 +30,7 @@ from distckpt.engine.events import failed
 from distckpt.engine.mismatch import mutated
 from distckpt.engine.modes import other_way
 from distckpt.engine.options import Options
+from distckpt.engine.parameters import Held, Outdated
 from distckpt.engine.replay import last_living, replay
 from distckpt.engine.slot import Slot
 from distckpt.engine.traced import Traced
@@ -56,6 +58,8 @@ class Region:
     early_stop: bool
     outer: Any = None
     closed = False
+    trees: list[Tree] | None = None  # until the record ends: the modules that it reaches
+    parameters: Held | None = None  # after it: their parameters
     buffers: Any = None
     rng_before: Any = None  # the CPU state, until the record ends
     stash: rng.Stash | None = None  # other streams, until the record ends
@@ -99,8 +103,12 @@ class Region:
     def _look_again(self, slot: Slot, value: Any) -> Any:
         if type(value) is Doubtful:
             value = settle(self, slot, value)
-        if value._version != slot.meta[3] and self.options.strict:
+        if type(value) is not Outdated and value._version != slot.meta[3] and self.options.strict:
             value = other_way(self, slot)
+        if type(value) is Outdated:
+            outdated = value.error(describe(self.fn, self.options))
+            failed(self, outdated)
+            raise outdated
         if value._version != slot.meta[3]:
             error = mutated(self, value, slot.meta)
             failed(self, error)

@@ -24,8 +24,7 @@ def bias(region: Any, x: torch.Tensor) -> torch.Tensor:
     torch.manual_seed(0)
     layer = nn.Linear(4, 4)
     out = region(lambda t: layer(t).sin(), x)
-    with torch.no_grad():
-        layer.bias.add_(1.0)
+    layer.bias.data.add_(1.0)  # moves no version, and the memory stays
     return out
 
 
@@ -72,11 +71,11 @@ def function_mode(region: Any, x: torch.Tensor) -> torch.Tensor:
         return region(lambda t: t.exp().sin(), x)
 
 
-def functional(region: Any, x: torch.Tensor) -> torch.Tensor:
+def swapped_buffer(region: Any, x: torch.Tensor) -> torch.Tensor:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.shift = nn.Parameter(torch.zeros(4))
+            self.register_buffer("shift", torch.zeros(4))
 
         def forward(self, t: torch.Tensor) -> torch.Tensor:
             return region(lambda u: (u + self.shift).sin(), t)
@@ -85,14 +84,14 @@ def functional(region: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 ROWS: dict[str, Row] = {
-    "a parameter that is read and not saved": bias,
+    "a parameter written through .data": bias,
     "a module replaced in a module": replaced_module,
     "a list that a name holds": container_held_by_a_name,
     "an attribute of an object": attribute,
     "an iterator": iterator,
     "a generator that is not registered": unregistered_generator,
     "a function mode of the forward only": function_mode,
-    "functional_call around a region": functional,
+    "functional_call with a buffer around a region": swapped_buffer,
 }
 
 
