@@ -5,10 +5,10 @@ Note [Changed parameters]
     the object, its version and its memory; when a replay starts it looks again. An object that was swapped for another
     one (``functional_call``, a new ``nn.Parameter``) is put back for the time of the replay. One that was changed in
     place or through ``.data =`` cannot be: then a dispatch mode follows what is computed from it, and what the replay
-    saves of that is :class:`Outdated`. Only a gradient that asks for such a value is refused, so an optimizer step after
-    the replay is no error, nor one that nothing saved depends on.
+    saves of that is :class:`Outdated`. Only a gradient that asks for such a value is refused, so an optimizer step
+    after the replay is no error, nor one that nothing saved depends on.
 
-    What a sharding engine does is no change: it resizes the memory of a parameter, and exchanges sharded for whole ones.
+    What a sharding engine does is no change: it resizes a parameter's memory, and exchanges sharded for whole ones.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ class Held:
             elif tensor._version != self.versions[i] or memory(tensor) is not self.storages[i]():
                 name = "a parameter" if place is None else f"the parameter {place[1]!r}"
                 found.changed[id(tensor)] = (tensor, name, self.versions[i], self.storages[i])
-            if place is not None and (now := place[0][place[1]]) is not tensor:
-                if _is_sharded(now) == _is_sharded(tensor):
-                    found.back.append((place, tensor))
+            now = tensor if place is None else place[0][place[1]]
+            if place is not None and now is not tensor and _is_sharded(now) == _is_sharded(tensor):
+                found.back.append((place, tensor))
         return found if found.changed or found.back else None
 
 
