@@ -124,7 +124,8 @@ class Tree:
         self.sizes = [(d, len(d)) for m in modules for d in (m._modules, m._buffers)]
         # Weak: the tree is the value of a weak dictionary whose key is one of these modules.
         self.owners = [weakref.ref(m) for m in modules if m._buffers]
-        self.parameters = [m._parameters for m in modules]
+        # TorchScript's is no dict, and makes other tensor objects each time
+        self.parameters = [m._parameters for m in modules if isinstance(m._parameters, dict)]
 
     def valid(self) -> bool:
         return all(len(d) == n for d, n in self.sizes)
