@@ -156,8 +156,9 @@ class _Entry:
         self.key = key
         self.tensor = tensor
         self.version = tensor._version
+        known = _known_to_change.get(owner, ()) if isinstance(owner, Module) else (key,)
         self.statistic = not isinstance(owner, Module) or (isinstance(owner, BatchNorm) and owner.training)
-        keep = self.statistic or tensor.numel() <= _SMALL or key in _known_to_change.get(owner, ())
+        keep = self.statistic or tensor.numel() <= _SMALL or key in known
         self.before = tensor.detach().clone() if keep else None
 
     def changed(self) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
@@ -46,10 +46,10 @@ class Held:
 
     __slots__ = ("dicts", "names", "storages", "swapped", "tensors", "versions")
 
-    def __init__(self, dicts: list[dict[str, Any]], tensors: list[torch.Tensor]) -> None:
+    def __init__(self, dicts: list[dict[str, Any]], tensors: Sequence[torch.Tensor]) -> None:
         self.dicts = dicts
         self.names = [name for d in dicts for name in d]
-        self.tensors: list[Any] = tensors
+        self.tensors: list[Any] = list(tensors)
         self.versions = list(map(_version, tensors))
         self.storages = _storages(tensors)
         self.swapped: dict[int, Any] | None = None  # by place: tensors that stood where a parameter stands
@@ -251,11 +251,11 @@ def _written(schema: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
     return [t for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
 
 
-def _storages(tensors: list[torch.Tensor]) -> list[weakref.ref[Any]]:
+def _storages(tensors: Sequence[torch.Tensor]) -> list[weakref.ref[Any]]:
     return list(map(_ref, _memories(tensors)))
 
 
-def _memories(tensors: list[torch.Tensor]) -> list[Any]:
+def _memories(tensors: Sequence[torch.Tensor]) -> list[Any]:
     try:
         return list(map(_storage, tensors))
     except (
