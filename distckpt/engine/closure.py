@@ -199,6 +199,8 @@ def _capture_helpers(kept: list[Captured], helpers: list[FunctionType], scan: Sc
             for value in values:
                 if isinstance(value, torch.Generator):
                     scan.generator(value)
+                elif isinstance(value, _Tensor):
+                    scan.note_parameter(value)
                 elif type(value) not in _PLAIN and isinstance(value, _HOLDERS):
                     helpers += [g for g in _functions_in(value) if g.__globals__ is f.__globals__]
             if values:

@@ -1,12 +1,13 @@
 """Parameters: a replay reads those that its record read, and what it computes from others is not handed out.
 
 Note [Changed parameters]
-    A module's parameters are read live. When a record ends the region notes, for each one that the call can reach,
-    the object, its version and its memory; when a replay starts it looks again. An object that was swapped for another
-    one (``functional_call``, a new ``nn.Parameter``) is put back for the time of the replay. One that was changed in
-    place or through ``.data =`` cannot be: then a dispatch mode follows what is computed from it, and what the replay
-    saves of that is :class:`Outdated`. Only a gradient that asks for such a value is refused, so an optimizer step
-    after the replay is no error, nor one that nothing saved depends on.
+    A module's parameters, buffers and child modules are read live. When a record ends the region notes the objects that
+    the call can reach, and of a parameter its version and its memory; when a replay starts it looks again. An object
+    that was exchanged for another one (``functional_call``, a new ``nn.Parameter``, another layer in a Sequential) is
+    put back for the time of the replay. A parameter that was changed in place or through ``.data =`` cannot be: then
+    a dispatch mode follows what is computed from it, and what the replay saves of that is :class:`Outdated`. Only a
+    gradient that asks for such a value is refused, so an optimizer step after the replay is no error, nor one that
+    nothing saved depends on.
 
     What a sharding engine does is no change: it resizes a parameter's memory, and exchanges sharded for whole ones.
 """
@@ -30,91 +31,113 @@ from distckpt.engine.state import Frame, here
 from distckpt.engine.turns import Turn
 
 if TYPE_CHECKING:
-    from distckpt.engine.buffers import Tree
+    from distckpt.engine.buffers import Holders
     from distckpt.engine.region import Region
 
 _ref = weakref.ref
 _Place = tuple[dict[str, Any], str]
-_version = attrgetter("_version")
+_counted = attrgetter("_version")
 _storage = torch.Tensor.untyped_storage
 _ORDINARY = frozenset({Parameter})
 _MODULES = "parameters of modules"  # what replays that put some back take turns with
 
 
-class Held:
-    """The parameters that a call could reach, as they were at the end of its record."""
+class ModuleState:
+    """What the modules and parameters that a call could reach were at the end of its record."""
 
-    __slots__ = ("dicts", "names", "storages", "swapped", "tensors", "versions")
+    __slots__ = ("dicts", "names", "objects", "parameters", "storages", "swapped", "versions")
 
-    def __init__(self, dicts: list[dict[str, Any]], tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, dicts: list[dict[str, Any]], objects: list[Any], parameters: Sequence[torch.Tensor]
+    ) -> None:
         self.dicts = dicts
         self.names = [name for d in dicts for name in d]
-        self.tensors: list[Any] = list(tensors)
-        self.versions = list(map(_version, tensors))
-        self.storages = _storages(tensors)
-        self.swapped: dict[int, Any] | None = None  # by place: tensors that stood where a parameter stands
+        self.objects = objects  # what lies in ``dicts``; None for what is swapped
+        self.parameters: list[Any] = list(parameters)  # those that are to stay as they are
+        self.versions = _versions(parameters)
+        self.storages = list(map(_ref, _memories(parameters)))
+        # by place: owned tensors that stand where a parameter stands
+        self.swapped: dict[int, Any] | None = None
 
     def same(self) -> bool:
-        """Whether all of them are there, unchanged."""
-        now = [t for d in self.dicts for t in d.values() if t is not None]
+        """Whether all of it is there, unchanged."""
+        now = _values(self.dicts)
         return (
-            len(now) == len(self.tensors)
-            and all(map(is_, now, self.tensors))
-            and list(map(_version, now)) == self.versions
-            and all(map(is_, [ref() for ref in self.storages], _memories(now)))
+            len(now) == len(self.objects)
+            and all(map(is_, now, self.objects))
+            and _versions(self.parameters) == self.versions
+            and all(map(is_, [ref() for ref in self.storages], _memories(self.parameters)))
         )
 
     def look(self) -> Stale | None:
         """What is another one now; None if that is no matter."""
         found = Stale()
-        places: list[_Place | None] = [(d, k) for d in self.dicts for k, t in d.items() if t is not None]
-        if len(places) != len(self.tensors) or [k for d in self.dicts for k in d] != self.names:
-            places = [None] * len(
-                self.tensors
-            )  # FSDP1 took some away: the objects are all that can be compared
-        memo: dict[int, Any] = {}
-        for i, (tensor, place) in enumerate(zip(self.tensors, places, strict=True)):
-            if self.swapped is not None and i in self.swapped:
-                if place is None:
-                    continue
-                tensor = give_back(self.swapped[i], f"the parameter {place[1]!r}", memo)
-            elif tensor._version != self.versions[i] or memory(tensor) is not self.storages[i]():
-                name = "a parameter" if place is None else f"the parameter {place[1]!r}"
-                found.changed[id(tensor)] = (tensor, name, self.versions[i], self.storages[i])
-            now = tensor if place is None else place[0][place[1]]
-            if place is not None and now is not tensor and _is_sharded(now) == _is_sharded(tensor):
-                found.back.append((place, tensor))
+        # FSDP1 takes some away: then the parameters are all that can be compared.
+        if [k for d in self.dicts for k in d] == self.names:
+            self._compare(found)
+        now = _versions(self.parameters)
+        for i, (tensor, version, storage) in enumerate(
+            zip(self.parameters, self.versions, self.storages, strict=True)
+        ):
+            if now[i] != version or memory(tensor) is not storage():
+                found.changed[id(tensor)] = (tensor, self._name(tensor), version, storage)
         return found if found.changed or found.back else None
 
+    def _compare(self, found: Stale) -> None:
+        memo: dict[int, Any] = {}
+        for i, place in enumerate((d, name) for d in self.dicts for name in d):
+            before, now = self.objects[i], place[0][place[1]]
+            if self.swapped is not None and i in self.swapped:
+                before = give_back(self.swapped[i], f"the parameter {place[1]!r}", memo)
+            if now is not before and _is_sharded(now) == _is_sharded(before):
+                found.back.append((place, before))
 
-def hold(trees: list[Tree]) -> Held | None:
-    """The parameters in ``trees``, at the end of a record."""
-    dicts = trees[0].parameters if len(trees) == 1 else [d for tree in trees for d in tree.parameters]
-    tensors = [t for d in dicts for t in d.values() if t is not None]
-    if not tensors:
-        return None
-    held = Held(dicts, tensors)
-    if not _ORDINARY.issuperset(map(type, tensors)):
-        swapped = {i: t for i, t in enumerate(tensors) if not isinstance(t, Parameter)}
+    def _name(self, parameter: torch.Tensor) -> str:
+        for name, value in zip(self.names, self.objects, strict=True):
+            if value is parameter:
+                return f"the parameter {name!r}"
+        return "a parameter"
+
+
+def hold(reached: Holders | None, loose: list[Parameter] | None) -> ModuleState:
+    """The state of the modules that a call reached, and of ``loose`` parameters, at the end of its record."""
+    if reached is None:
+        state = ModuleState([], [], list(loose or ()))
+    else:
+        values = _values(reached.parameters)
+        parameters = [t for t in values if t is not None]
+        swapped = None
+        if not _ORDINARY.issuperset(map(type, parameters)):
+            swapped = {i: t for i, t in enumerate(values) if not (t is None or isinstance(t, Parameter))}
+            parameters = [t for t in parameters if isinstance(t, Parameter)]
+        if loose is not None:
+            parameters += loose
+        state = ModuleState(
+            [*reached.parameters, *reached.others], values + _values(reached.others), parameters
+        )
         if swapped:
             owned = {id(t): own_tensor(t) for t in swapped.values()}
-            held.swapped = {i: owned[id(t)] for i, t in swapped.items()}
+            state.swapped = {i: owned[id(t)] for i, t in swapped.items()}
             for i in swapped:
-                held.tensors[i] = None  # it dies with the graph
+                state.objects[i] = None  # it dies with the graph
     if here.replaying:
-        _as_around(held)
-    return held
+        _as_around(state)
+    return state
 
 
-def _as_around(held: Held) -> None:
+def _values(dicts: list[dict[str, Any]]) -> list[Any]:
+    return [value for d in dicts for value in d.values()]
+
+
+def _as_around(state: ModuleState) -> None:
     """A region recorded in a replay that reads changed parameters is not to take those for its own."""
     frame = here.frame
     while frame is not None:
         if type(frame) is Frame and frame.stale is not None:
-            for i, tensor in enumerate(held.tensors):
+            for i, tensor in enumerate(state.parameters):
                 before = frame.stale.changed.get(id(tensor))
                 if before is not None:
-                    held.versions[i], held.storages[i] = before[2:]
+                    state.versions[i], state.storages[i] = before[2:]
         frame = frame.outer
 
 
@@ -251,8 +274,11 @@ def _written(schema: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
     return [t for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
 
 
-def _storages(tensors: Sequence[torch.Tensor]) -> list[weakref.ref[Any]]:
-    return list(map(_ref, _memories(tensors)))
+def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+    try:
+        return list(map(_counted, tensors))
+    except RuntimeError:  # an inference tensor counts none
+        return [0 if t.is_inference() else t._version for t in tensors]
 
 
 def _memories(tensors: Sequence[torch.Tensor]) -> list[Any]:

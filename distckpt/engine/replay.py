@@ -173,14 +173,14 @@ def _replay(r: Region, run: Any) -> None:
         with contextlib.ExitStack() as stack:
             if generators is not None:
                 stack.callback(generators.give_back)
+            if stale is not None:
+                stack.enter_context(stale.around(r))
             if r.buffers is not None:
                 stack.enter_context(r.buffers.rewound())
             if now != r.ambient:
                 stack.enter_context(ambient.entered(r.ambient, now))
             else:
                 stack.callback(ambient.put_back, now)
-            if stale is not None:
-                stack.enter_context(stale.around(r))
             if r.replay_context is not None:
                 stack.enter_context(r.replay_context.replaying())
             run(r, fn, args, kwargs, generators, mismatch)

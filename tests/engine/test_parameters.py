@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.func import functional_call
 import distckpt as dc
 from distckpt.engine.errors import ParameterRead, ReplayError
 
-from .exact import leaf
+from .exact import exact, leaf
 
 
 def plainly(fn: Callable[..., Any], *args: Any) -> Any:
@@ -191,3 +192,104 @@ def test_a_parameter_replaced_before_the_replay_is_put_back_for_it() -> None:
         assert block.bias is new
         grads.append(x.grad)
     assert torch.equal(*grads)
+
+
+SCALE = nn.Parameter(torch.full((4,), 0.5))
+
+
+def scaled(t: torch.Tensor) -> torch.Tensor:
+    return (t + SCALE).sin()
+
+
+@pytest.mark.parametrize(
+    "reach", ["argument", "keyword", "in a list", "partial", "cell", "global", "by a helper"]
+)
+def test_a_parameter_that_the_call_holds_by_itself_is_watched_as_well(reach: str) -> None:
+    def fn(t: torch.Tensor, scale: Any) -> torch.Tensor:
+        return (t + (scale[0] if type(scale) is list else scale)).sin()
+
+    x, p, before = leaf(2, 4), SCALE, SCALE.data
+    calls: dict[str, Callable[[], torch.Tensor]] = {
+        "argument": lambda: dc.checkpoint(fn, x, p),
+        "keyword": lambda: dc.checkpoint(fn, x, scale=p),
+        "in a list": lambda: dc.checkpoint(fn, x, [p]),
+        "partial": lambda: dc.checkpoint(functools.partial(fn, scale=p), x),
+        "cell": lambda: dc.checkpoint(lambda t: fn(t, p), x),
+        "global": lambda: dc.checkpoint(scaled, x),
+        "by a helper": lambda: dc.checkpoint(lambda t: scaled(t), x),
+    }
+    try:
+        out = calls[reach]()
+        p.data = p.data + 1.0
+        with pytest.raises(ParameterRead, match="DC124"):
+            out.sum().backward()
+    finally:
+        p.data = before
+
+
+def test_a_weight_passed_by_itself_whose_data_was_exchanged_is_what_plain_autograd_hands_out() -> None:
+    def program(region: Any) -> list[Any]:
+        x, w = leaf(2, 4), nn.Parameter(leaf(4, 4, seed=1).detach())
+        out = region(lambda t, u: t @ u, x, w)
+        w.data = w.data * 2.0
+        out.sum().backward()
+        return [x.grad, w.grad]
+
+    exact(program)
+
+
+def test_a_module_replaced_before_the_replay_is_put_back_for_it() -> None:
+    def program(region: Any) -> list[Any]:
+        layers, x = nn.Sequential(layer(), nn.Sequential(nn.Sigmoid(), nn.Tanh())), leaf(2, 4)
+        out = region(lambda t: layers(t).sin(), x)
+        layers[1][0] = new = nn.ReLU6()  # type: ignore[index, operator]
+        out.sum().backward()
+        assert layers[1][0] is new  # type: ignore[index]
+        return [x.grad, layers[0].weight.grad, layers[0].bias.grad]
+
+    exact(program)
+
+
+class Shifted(nn.Module):
+    def __init__(self, region: Any) -> None:
+        super().__init__()
+        self.region = region
+        self.register_buffer("shift", torch.zeros(4))
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        return self.region(lambda u: self.norm((u + self.shift).sin()), t)
+
+
+def test_a_buffer_that_functional_call_exchanges_around_a_region_is_exact() -> None:
+    def program(region: Any) -> list[Any]:
+        block, x = Shifted(region), leaf(3, 4)
+        mean, count, shift = torch.ones(4), torch.tensor(5), leaf(4, seed=1)
+        swapped = {"shift": shift * 2.0, "norm.running_mean": mean, "norm.num_batches_tracked": count}
+        functional_call(block, swapped, (x,)).exp().sum().backward()
+        buffers = [b.clone() for b in block.buffers()]
+        return [x.grad, shift.grad, mean, count, *buffers]
+
+    exact(program)
+
+
+def test_a_buffer_replaced_by_the_caller_before_the_replay_is_put_back_for_it() -> None:
+    def program(region: Any) -> list[Any]:
+        block, x = Shifted(region), leaf(3, 4)
+        out = block(x)
+        block.shift = torch.ones(4)
+        out.exp().sum().backward()
+        return [x.grad, block.shift]
+
+    exact(program)
+
+
+def test_parameters_made_in_inference_mode_count_no_versions_and_may_be_read() -> None:
+    def program(region: Any) -> list[Any]:
+        with torch.inference_mode():
+            frozen = nn.Linear(4, 4).requires_grad_(False)
+        x = leaf(2, 4)
+        region(lambda t: (t + frozen.bias).sin(), x).sum().backward()
+        return [x.grad]
+
+    exact(program)
