@@ -33,13 +33,15 @@ _OPAQUE = frozenset(
 _SMALL = 1024  # elements; copying one is cheaper than being wrong about it
 _STATISTICS = ("running_mean", "running_var")  # batch_norm writes them without moving their version
 
-_global_names: dict[CodeType, tuple[str, ...]] = {}
+_global_names: dict[int, tuple[CodeType, tuple[str, ...]]] = {}  # by identity, as in closure.py
 _known_to_change: weakref.WeakKeyDictionary[Module, set[str]] = weakref.WeakKeyDictionary()
 _trees: weakref.WeakKeyDictionary[Module, Tree] = weakref.WeakKeyDictionary()
 
 
 def reached_modules(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Module] | None:
     """The modules that the call ``fn(*args, **kwargs)`` can reach."""
+    if fn is None and not kwargs and _PLAIN.issuperset(map(type, args)):
+        return None  # most calls of a plain function
     found: list[Module] = []
     if type(fn) is FunctionType:
         _in_function(fn, found, None)
@@ -84,10 +86,10 @@ def _in_value(value: Any, found: list[Module], seen: set[int], deep: int = 2) ->
 
 def _in_function(fn: Any, found: list[Module], seen: set[int] | None) -> None:
     code = fn.__code__
-    names = _global_names.get(code)
-    if names is None:
-        names = _global_names[code] = tuple(_names(code))
-    for name in names:
+    known = _global_names.get(id(code))
+    if known is None:
+        known = _global_names[id(code)] = code, tuple(_names(code))
+    for name in known[1]:
         value = fn.__globals__.get(name)
         if type(value) in _OPAQUE:
             continue

@@ -79,7 +79,7 @@ class ModuleState:
         for i, (tensor, version, storage) in enumerate(
             zip(self.parameters, self.versions, self.storages, strict=True)
         ):
-            if now[i] != version or memory(tensor) is not storage():
+            if now[i] != version or (memory(tensor) is not storage() and not _moves(tensor)):
                 found.changed[id(tensor)] = (tensor, self._name(tensor), version, storage)
         return found if found.changed or found.back else None
 
@@ -301,6 +301,11 @@ def _memory(tensor: torch.Tensor) -> Iterator[Any]:
             part = getattr(tensor, name)
             if isinstance(part, torch.Tensor):
                 yield from _memory(part)
+
+
+def _moves(tensor: Any) -> bool:
+    # FSDP1 exchanges the memory of its flat parameters: a shard, or all of them gathered.
+    return getattr(tensor, "_is_flat_param", False)
 
 
 def _is_sharded(tensor: Any) -> bool:
