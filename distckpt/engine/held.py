@@ -17,6 +17,7 @@ import torch
 from distckpt._torch import storage_of
 from distckpt.engine.doubt import Doubtful
 from distckpt.engine.inputs import give_back, tensors
+from distckpt.engine.parameters import Outdated
 
 if TYPE_CHECKING:
     from distckpt.engine.region import Region
@@ -65,7 +66,7 @@ def held_storages(regions: Iterable[Region], known: AbstractSet[int] = frozenset
 
 def value_storages(value: Any) -> Iterator[tuple[int, int]]:
     """Key and bytes of every storage of what a slot holds."""
-    return storages(value.value if type(value) is Doubtful else value)
+    return storages(value.value if type(value) in (Doubtful, Outdated) else value)
 
 
 def input_keys(region: Region) -> set[int]:
