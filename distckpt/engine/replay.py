@@ -146,6 +146,7 @@ def _replay(r: Region, run: Any) -> None:
         owned = (fn, args, kwargs, captured) if r.options.strict else args
         check_marks(r.marks, owned)
         started = marks(owned)
+    stale = None if r.parameters is None or r.parameters.same() else r.parameters.look()
     counters.replays += 1
     if r.tie is not None:
         fn, args, kwargs = r.tie.bind(fn, args, kwargs)
@@ -158,7 +159,7 @@ def _replay(r: Region, run: Any) -> None:
     )
     if rewound:
         generators = rng.Rewound(draws, generators, r.idle)
-    if now == r.ambient and r.replay_context is None and r.buffers is None:
+    if now == r.ambient and r.replay_context is None and r.buffers is None and stale is None:
         stopped: Any = False
         try:
             stopped = run(r, fn, args, kwargs, generators, mismatch)
@@ -172,6 +173,8 @@ def _replay(r: Region, run: Any) -> None:
         with contextlib.ExitStack() as stack:
             if generators is not None:
                 stack.callback(generators.give_back)
+            if stale is not None:
+                stack.enter_context(stale.around(r))
             if r.buffers is not None:
                 stack.enter_context(r.buffers.rewound())
             if now != r.ambient:
