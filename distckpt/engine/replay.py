@@ -182,7 +182,7 @@ def _replay(r: Region, run: Any) -> None:
             else:
                 stack.callback(ambient.put_back, now)
             if r.replay_context is not None:
-                stack.enter_context(r.replay_context.replaying())
+                stack.enter_context(r.replay_context.replaying(r))
             run(r, fn, args, kwargs, generators, mismatch)
     if started is not None:
         # What a user's hook handed out, the next replay is handed too: it must find it unwritten.
