@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from . import program as p
-from .adapt import without_hooks
+from .adapt import for_torch, without_hooks
 from .draw import HOOKS
 from .engines import PLAIN, TORCH, Engine
 from .interpret import Outcome, run
@@ -79,6 +79,8 @@ def _keeps_and_changes(program: p.Program) -> bool:
 
 def judge(program: p.Program, engine: Engine) -> Verdict:
     """Run a program both ways; return how they agree, or raise Disagreement."""
+    if not engine.ours:
+        program = for_torch(program)
     reason = left_out(program)
     if reason is not None:
         return Verdict("left out", reason)
