@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from docs_ranks import ranks_parts
+from gpt_block import show as show_block
 from overhead import TARGETS
-from report import load, source, table
+from overhead import show as show_overhead
+from report import RESULTS, load, source, table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 
@@ -50,6 +53,13 @@ GPT = """## One GPT block in bf16
 
 Attention, MLP, two norms and dropout, forward and backward in the middle of a model. `held` is what the block keeps
 between its forward and its backward.
+"""
+
+GPU = """## On a GPU
+
+The CUDA tests, the cost of a region on tensors of the GPU (wall clock, the queue empty), one GPT block in bf16 eagerly
+and as a CUDA graph, and the peak memory of a step: live storages, counted after every operator, beside the
+allocator's peak.
 """
 
 
@@ -125,6 +135,38 @@ def gpt_part() -> str:
     return "\n".join(parts)
 
 
+def gpu_part() -> str:
+    """Render every GPU that `benchmarks/gpu.py` has run on."""
+    parts, found = [GPU], sorted(RESULTS.glob("gpu-*.json"))
+    if not found:
+        parts.append("Not run on a GPU yet: `make gpu`, or `python3 benchmarks/gpu.py` from a bare tree.\n")
+    for path in found:
+        result = load(path.stem)
+        assert result is not None
+        parts += [f"### {result['machine']['accelerator']}\n", *_gpu_rows(result["parts"]), source(result)]
+    return "\n".join(parts)
+
+
+def _gpu_rows(parts: dict[str, Any]) -> Iterator[str]:
+    for name, part in parts.items():
+        if "error" in part:
+            yield f"`{name}` failed: {part['error']}\n"
+        elif name == "tests":
+            yield "CUDA tests: " + ", ".join(f"{n} {word}" for word, n in part["counts"].items()) + ".\n"
+        elif name == "memory":
+            rows = [
+                [r["engine"], *(f"{r[key] / 2**20:.1f}" for key in ("counted", "allocated"))]
+                + [f"{r['allocated'] / r['counted']:.3f}"]
+                for r in part["rows"]
+            ]
+            yield (
+                table(["peak of a step", "live bytes MiB", "allocator MiB", "allocator / counted"], rows)
+                + "\n"
+            )
+        else:
+            yield (show_block if name == "block" else show_overhead)(part["rows"]) + "\n"
+
+
 def compose_part() -> str:
     """Render the long runs of the composition suite."""
     parts, rows, sources = [COMPOSE], [], []
@@ -147,7 +189,7 @@ def page() -> str:
     parts = [INTRO]
     parts += [overhead_part(overhead)] if overhead else []
     parts += [memory_part(memory)] if memory else []
-    parts += [gpt_part(), compose_part(), *ranks_parts()]
+    parts += [gpt_part(), gpu_part(), compose_part(), *ranks_parts()]
     return "\n".join(parts).rstrip() + "\n"
 
 

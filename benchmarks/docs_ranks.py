@@ -11,11 +11,12 @@ from report import load, source, table
 RANKS_CHECK = """## Agreement of ranks
 
 `Coordinator.check` on real gloo ranks, one process each, all on one machine: with more ranks than cores they take
-turns, so the times are bounds from above. `agree` is the median over the checks of the slowest rank's time, `worst`
-the slowest check, `differ` the time until the last rank has raised when one rank has other regions. `requests` and
-`bytes` (keys and values) are those of one check, all ranks together: 6 requests per rank and 7 more in all. `group` is
-what `init_process_group` takes for the same ranks; its jump at 32 ranks came with failed host name look-ups in the log
-and says nothing about gloo.
+turns, so the times are bounds from above. `first` is the first check of a default coordinator, which starts its alarm,
+and `no alarm` that of one without, in turns in one run; both are medians of the slowest rank's time. `agree` is the
+median over later checks, while the alarms make their connections, `worst` the slowest check, `differ` the time until
+the last rank has raised when one rank has other regions. `requests` and `bytes` (keys and values) are those of one
+check, all ranks together: 6 requests per rank and 8 more in all. `group` is what `init_process_group` takes for the
+same ranks, with look-ups of host names.
 """
 
 RANKS_FSDP = """## FSDP2 on two ranks

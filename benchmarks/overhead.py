@@ -90,17 +90,19 @@ VARIANTS: dict[str, tuple[Callable[[Engine, int, torch.Tensor], Make | None], Ca
 }
 
 
-def run_variant(name: str, ops: int, engines: list[Engine], rounds: int, calls: int) -> dict[str, Any] | None:
+def run_variant(
+    name: str, ops: int, engines: list[Engine], rounds: int, calls: int, device: str = "cpu"
+) -> dict[str, Any] | None:
     """Measure one row: costs of every engine over plain, and ratios to the first engine (torch)."""
     make_for, plain = VARIANTS[name]
-    x = torch.randn(4, requires_grad=True)
+    x = torch.randn(4, device=device, requires_grad=True)
     segment = plain(ops)
     makers: dict[str, Make] = {"plain": lambda: segment(x)}
     for engine in engines:
         make = make_for(engine, ops, x)
         if make is not None:
             makers[engine.name] = make
-    samples = measure(makers, calls=calls, rounds=rounds, grad=torch.ones(4))
+    samples = measure(makers, calls=calls, rounds=rounds, grad=torch.ones(4, device=device), device=device)
     return _row(name, ops, samples, engines)
 
 

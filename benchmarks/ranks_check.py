@@ -3,7 +3,9 @@
 python benchmarks/ranks_check.py [--worlds 2 4 8] [--rounds N] [--no-write]
 
 Every rank is a process with its own gloo connections and its own client of one TCPStore, forked after the import of
-torch, so that 64 of them fit a small machine. All are on one machine: with more ranks than cores the time is that of
+torch, so that 64 of them fit a small machine. The coordinator is the default one, with its alarm, whose thread makes a
+connection of its own after the first check; beside it the first check of coordinators with and without the alarm, in
+turns. All are on one machine: with more ranks than cores the time is that of
 the processes taking turns, and an upper bound for ranks that have cores of their own.
 """
 
@@ -26,6 +28,7 @@ import distckpt as dc
 from distckpt.ranks.errors import PlansDiffer
 
 LAYERS = 48
+FIRSTS = 5  # first checks, with the alarm and without
 
 
 class CountingStore:
@@ -38,6 +41,8 @@ class CountingStore:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self.store, name)
+        if name == "clone":  # the alarm's connection is its own
+            return method
 
         def call(*args: Any) -> Any:
             answer = method(*args)
@@ -77,8 +82,18 @@ def rank_main(rank: int, world: int, folder: Path, rounds: int) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     connect = time.perf_counter() - start
     counting = CountingStore(dist.PrefixStore("bench", store))
-    coord = dc.Coordinator(store=counting, alarm=False)
     same, other = model("*"), model("*" if rank else "0")
+    firsts: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(FIRSTS):
+        for alarm in firsts:
+            fresh = dc.Coordinator(store=counting, alarm=alarm)
+            dist.barrier()
+            start = time.perf_counter()
+            fresh.check(same)
+            firsts[alarm].append(time.perf_counter() - start)
+            dist.barrier()
+            fresh.close()
+    coord = dc.Coordinator(store=counting)
     coord.check(same)
     agree, differ = [], []
     counting.requests = counting.bytes = 0
@@ -95,7 +110,8 @@ def rank_main(rank: int, world: int, folder: Path, rounds: int) -> None:
             coord.check(other)
         except PlansDiffer:
             differ.append(time.perf_counter() - start)
-    result = {"agree": agree, "differ": differ, "requests": requests, "bytes": sent, "connect": connect}
+    result = {"first": firsts[True], "first_without": firsts[False], "agree": agree, "differ": differ}
+    result |= {"requests": requests, "bytes": sent, "connect": connect}
     (folder / f"{rank}.json").write_text(json.dumps(result))
     dist.barrier()
     time.sleep(0.2)  # rank 0 serves the store: it may not be the first to go
@@ -121,10 +137,12 @@ def run_world(world: int, rounds: int) -> dict[str, Any]:
         found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
     slowest = {
         kind: [max(times) for times in zip(*(f[kind] for f in found), strict=False)]
-        for kind in ("agree", "differ")
+        for kind in ("first", "first_without", "agree", "differ")
     }
     return {
         "ranks": world,
+        "first_ms": statistics.median(slowest["first"]) * 1e3,
+        "first_without_alarm_ms": statistics.median(slowest["first_without"]) * 1e3,
         "agree_ms": statistics.median(slowest["agree"]) * 1e3,
         "agree_worst_ms": max(slowest["agree"]) * 1e3,
         "differ_ms": statistics.median(slowest["differ"]) * 1e3,
@@ -154,6 +172,8 @@ def main() -> None:
 
 HEADER = [
     "ranks",
+    "first ms",
+    "no alarm",
     "agree ms",
     "worst ms",
     "differ ms",
@@ -169,6 +189,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     """One row of the table."""
     return [
         str(row["ranks"]),
+        *(f"{row[key]:.1f}" for key in ("first_ms", "first_without_alarm_ms")),
         *(f"{row[key]:.1f}" for key in ("agree_ms", "agree_worst_ms", "differ_ms")),
         str(row["raised_on"]),
         f"{row['requests']:.0f}",

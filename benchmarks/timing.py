@@ -37,18 +37,32 @@ def quiet() -> None:
     gc.freeze()
 
 
-def _round(make: Callable[[], torch.Tensor], calls: int, grad: torch.Tensor | None) -> tuple[float, float]:
+def _clock(device: str) -> Callable[[], int]:
+    """Nanoseconds of this thread; on a GPU, whose backward has a thread of its own, of the wall, when all is done."""
+    if device == "cpu":
+        return time.thread_time_ns
+
+    def after_the_queue() -> int:
+        torch.cuda.synchronize()
+        return time.perf_counter_ns()
+
+    return after_the_queue
+
+
+def _round(
+    make: Callable[[], torch.Tensor], calls: int, grad: torch.Tensor | None, clock: Callable[[], int]
+) -> tuple[float, float]:
     outs: list[Any] = [None] * calls
-    start = time.thread_time_ns()
+    start = clock()
     for i in range(calls):
         outs[i] = make()
-    middle = time.thread_time_ns()
+    middle = clock()
     if grad is None:
         return (middle - start) / calls / 1e3, 0.0
     for i in range(calls):
         outs[i].backward(grad)
         outs[i] = None
-    end = time.thread_time_ns()
+    end = clock()
     return (middle - start) / calls / 1e3, (end - middle) / calls / 1e3
 
 
@@ -58,6 +72,7 @@ def measure(
     calls: int,
     rounds: int,
     grad: torch.Tensor | None,
+    device: str = "cpu",
 ) -> dict[str, Sample]:
     """Time every maker in interleaved rounds.
 
@@ -70,6 +85,7 @@ def measure(
             if grad is not None:
                 out.backward(grad)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in makers}
+    clock = _clock(device)
     names = list(makers)
     for turn in range(rounds):
         gc.collect()
@@ -78,7 +94,7 @@ def measure(
             # the order turns with the rounds, so that nobody always runs behind the same neighbour
             shift = turn % len(names)
             for name in names[shift:] + names[:shift]:
-                times[name].append(_round(makers[name], calls, grad))
+                times[name].append(_round(makers[name], calls, grad, clock))
         finally:
             gc.enable()
     samples: dict[str, Sample] = {}

@@ -1,7 +1,8 @@
 """The one room for private torch APIs: one name each, with what it is for and a version guard.
 
-Supported: torch 2.9 to 2.15. A name that a version lacks is either replaced here or raises
-:class:`UnsupportedTorch` when it is first needed, never at import of an unrelated feature.
+Supported: torch 2.9 to 2.15. A name that only some of them have is replaced here. One that all of them have stands in
+``NAMES``, and a torch without it raises ``UnsupportedTorch`` when the feature is first needed, never at import of an
+unrelated one.
 """
 
 from __future__ import annotations
@@ -9,12 +10,92 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch._C import _autograd
+from distckpt_backends.private import PrivateNames, warn_if_untried
+from torch.utils import _pytree
+
+NAMES = PrivateNames(
+    {
+        "regions": (
+            "torch._C._autograd:SavedTensor",
+            "torch._C._autograd:_push_saved_tensors_default_hooks",
+            "torch._C._autograd:_pop_saved_tensors_default_hooks",
+            "torch._C._autograd:_top_saved_tensors_default_hooks",
+            "torch._C._autograd:_get_current_graph_task_keep_graph",
+            "torch._C._dynamo.eval_frame:get_eval_frame_callback",
+            "torch._C._dynamo.eval_frame:set_code_exec_strategy",
+            "torch._C._dynamo.eval_frame:_FrameAction",
+            "torch._C._dynamo.eval_frame:_FrameExecStrategy",
+            "torch._C:_current_autograd_node",
+            "torch._C:_current_graph_task_id",
+            "torch._C:_get_deterministic_algorithms",
+            "torch._C:_get_deterministic_algorithms_warn_only",
+            "torch._C:_get_dispatch_mode",
+            "torch._C:_get_obj_in_tls",
+            "torch._C:_get_graph_executor_optimize",
+            "torch._C:_is_any_autocast_enabled",
+            "torch._C:_is_key_in_tls",
+            "torch._C:_last_executed_optimized_graph",
+            "torch._C:_len_torch_dispatch_stack",
+            "torch._C:_len_torch_function_stack",
+            "torch._C:_set_grad_enabled",
+            "torch._C:_set_graph_executor_optimize",
+            "torch._C:_stash_obj_in_tls",
+            "torch._C:DispatchKey.ADInplaceOrView",
+            "torch._C:_dispatch_tls_is_dispatch_key_excluded",
+            "torch._C:_dispatch_tls_set_dispatch_key_excluded",
+            "torch._C:_TorchDispatchModeKey",
+            "torch._C:_get_cudnn_sdp_enabled",
+            "torch._C:_get_flash_sdp_enabled",
+            "torch._C:_get_math_sdp_enabled",
+            "torch._C:_get_mem_efficient_sdp_enabled",
+            "torch._C:_get_sdp_priority_order",
+            "torch._C:_set_sdp_priority_order",
+            "torch._C:_set_sdp_use_cudnn",
+            "torch._C:_set_sdp_use_flash",
+            "torch._C:_set_sdp_use_math",
+            "torch._C:_set_sdp_use_mem_efficient",
+            "torch._guards:TracingContext",
+            "torch._ops:HigherOrderOperator",
+            "torch._ops:OpOverload",
+            "torch._ops:OpOverloadPacket",
+            "torch.autograd:Variable._execution_engine.queue_callback",
+            "torch.autograd:_get_sequence_nr",
+            "torch.autograd:_is_checkpoint_valid",
+            "torch.autograd:_unsafe_preserve_version_counter",
+            "torch.nn.modules.batchnorm:_NormBase",
+            "torch.overrides:_get_current_function_mode_stack",
+            "torch.utils._device:DeviceContext",
+            "torch.utils._python_dispatch:_disable_current_modes",
+            "torch.utils._python_dispatch:TorchDispatchMode",
+            "torch.utils._pytree:SUPPORTED_NODES",
+            "torch.utils._pytree:_get_node_type",
+            "torch.utils._pytree:tree_flatten",
+            "torch.utils._pytree:tree_leaves",
+            "torch.utils._pytree:tree_unflatten",
+            "torch.utils.checkpoint:SAC_IGNORED_OPS",
+            "torch.utils.checkpoint:_allowed_determinism_checks_to_fns",
+            "torch.utils.checkpoint:_CachedTorchDispatchMode",
+            "torch.utils.checkpoint:_CachingTorchDispatchMode",
+            "torch:Tensor._version",
+            "torch:UntypedStorage._cdata",
+        ),
+        "torch's module wrappers": (
+            "torch.distributed._composable.contract:_get_registry",
+            "torch.distributed._composable.contract:_State",
+            "torch.distributed._composable.contract:contract",
+            "torch.distributed.algorithms._checkpoint.checkpoint_wrapper:CheckpointWrapper",
+        ),
+    }
+)
+NAMES.need("regions")
+warn_if_untried()
+_autograd: Any = torch._C._autograd  # type: ignore[attr-defined]
 
 
 class _Keep(torch.autograd.Function):
@@ -63,6 +144,13 @@ OriginalCachedMode: Any = _ORIGINALS._CachedTorchDispatchMode
 user_determinism_checks: dict[str, Any] = _ORIGINALS._allowed_determinism_checks_to_fns  # users add to it
 noop_context_fn = _ORIGINALS.noop_context_fn  # torch compares with it by identity
 ignored_operators: set[Any] = _ORIGINALS.SAC_IGNORED_OPS
+GENERATOR, GENERATOR_IMPL = (  # what its own `checkpoint` calls to open a region, up to 2.13 and from 2.14
+    "_checkpoint_without_reentrant_generator",
+    "_checkpoint_without_reentrant_generator_impl",
+)
+original_generators: dict[str, Callable[..., Any]] = {
+    name: vars(_ORIGINALS)[name] for name in (GENERATOR, GENERATOR_IMPL) if name in vars(_ORIGINALS)
+}
 
 # Hot names: bound once, called once or more per region. Present from 2.9 to 2.15 but for _make_saved_tensor (2.10).
 make_saved_tensor: Callable[..., Any] = getattr(_autograd, "_make_saved_tensor", _NodeSaved)
@@ -72,8 +160,11 @@ pop_saved_tensors_hooks = _autograd._pop_saved_tensors_default_hooks  # type: ig
 graph_task_id: Callable[[], int] = torch._C._current_graph_task_id
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+deterministic_algorithms: Callable[[], bool] = torch._C._get_deterministic_algorithms
+deterministic_warn_only: Callable[[], bool] = torch._C._get_deterministic_algorithms_warn_only
 function_mode_depth: Callable[[], int] = torch._C._len_torch_function_stack
 dynamo_callback: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback  # type: ignore[attr-defined]
+BatchNorm: type = torch.nn.modules.batchnorm._NormBase  # the base of all that keep running statistics
 
 
 def keep_graph() -> bool:
@@ -244,14 +335,23 @@ def device_context() -> torch.device | None:
     return None
 
 
-def detach_below_autograd(x: torch.Tensor) -> torch.Tensor:
-    """Detach from inside a dispatch mode so that views made below autograd share a version counter.
+_IN_PLACE_OR_VIEW = torch._C.DispatchKey.ADInplaceOrView
+_key_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+_exclude_key = torch._C._dispatch_tls_set_dispatch_key_excluded
 
-    A dispatch mode runs under the ADInplaceOrView key; excluding nothing there keeps
-    ``x.detach()._version`` tied to ``x``.
+
+def detach_below_autograd(x: torch.Tensor) -> torch.Tensor:
+    """An alias of ``x`` without history that shares its version counter, also from inside a dispatch mode.
+
+    A mode runs below the ADInplaceOrView key, which is what ties the counters of a view and its base together.
     """
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+    if not _key_is_excluded(_IN_PLACE_OR_VIEW):
         return x.detach()
+    _exclude_key(_IN_PLACE_OR_VIEW, False)
+    try:
+        return x.detach()
+    finally:
+        _exclude_key(_IN_PLACE_OR_VIEW, True)
 
 
 def preserve_versions(tensors: tuple[torch.Tensor, ...]) -> contextlib.AbstractContextManager[Any]:
@@ -304,6 +404,7 @@ def activation_wrappers() -> Any:
     Raises:
         ImportError: torch was built without ``torch.distributed``.
     """
+    NAMES.need("torch's module wrappers")
     from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 
     return checkpoint_wrapper
@@ -315,11 +416,19 @@ def composable_contract() -> Any:
     Raises:
         ImportError: torch was built without ``torch.distributed``.
     """
-    import importlib
-
+    NAMES.need("torch's module wrappers")
     return importlib.import_module(
         "torch.distributed._composable.contract"
     )  # the package has a function of that name
+
+
+def composable_checkpoint() -> Any:
+    """Torch's composable ``checkpoint``, or None where torch was built without ``torch.distributed``."""
+    if not torch.distributed.is_available():
+        return None
+    from torch.distributed._composable import checkpoint
+
+    return checkpoint
 
 
 def checkpointed_by(module: torch.nn.Module) -> str | None:
@@ -355,15 +464,35 @@ def is_aot_tracing() -> bool:
     return TracingContext.try_get() is not None or is_proxy_tracing()
 
 
-def compiled_region_key(func: Any, args: tuple[Any, ...]) -> Any:
-    """A key for an inductor-compiled call, one per compiled region (pytorch#175258), or ``func`` itself."""
+def is_compiled_region(func: Any) -> bool:
+    """Whether ``func`` is the one operator of all inductor-compiled calls, see :func:`compiled_region_key`."""
     try:
         from torch._higher_order_ops.wrap import _resolve_inductor_callable, inductor_compiled_code
     except ImportError:  # before 2.11 such calls never reach a dispatch mode
-        return func
-    if func is inductor_compiled_code and args:
-        return func, _resolve_inductor_callable(args[0]).idx
-    return func
+        return False
+    del _resolve_inductor_callable
+    return func is inductor_compiled_code
+
+
+def compiled_region_key(func: Any, args: tuple[Any, ...]) -> Any:
+    """A key for an inductor-compiled call, one per compiled region (pytorch#175258)."""
+    from torch._higher_order_ops.wrap import _resolve_inductor_callable
+
+    return (func, _resolve_inductor_callable(args[0]).idx) if args else func
+
+
+def open_node(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
+    """The children of a container that torch's pytree knows and what makes it again of others, or None for a leaf."""
+    node = _pytree.SUPPORTED_NODES.get(_pytree._get_node_type(value))
+    if node is None:
+        return None
+    children, context = node.flatten_fn(value)
+    return list(children), lambda parts: node.unflatten_fn(parts, context)
+
+
+def wait_for_collective(x: torch.Tensor) -> None:
+    """Wait until a functional collective has filled ``x``."""
+    torch.ops._c10d_functional.wait_tensor(x)
 
 
 def has_ordered_effect(op: Any) -> bool:
@@ -378,3 +507,16 @@ def has_ordered_effect(op: Any) -> bool:
     except TypeError:  # up to 2.9 it asks for the arguments too
         found = has_effects(op, (), {})
     return found and getattr(op, "namespace", "") != "c10d"
+
+
+# Torch runs a scripted function in another way the first time than from the second time on, unless it is told not to.
+script_optimizes: Callable[[], bool] = torch._C._get_graph_executor_optimize
+set_script_optimizes: Callable[[bool], None] = torch._C._set_graph_executor_optimize
+last_script: Callable[[], Any] = torch._C._last_executed_optimized_graph
+"""The TorchScript graph that this thread ran last; None when it never ran one."""
+
+
+# Torch 2.14 and later keep on each thread whether torch.fx is tracing, which Dynamo asks; before, it is a global.
+_fx: Any = importlib.import_module("torch.fx._symbolic_trace")
+fx_tracing: Callable[[], bool] = getattr(_fx, "_get_is_fx_tracing", lambda: False)
+set_fx_tracing: Callable[[bool], None] = getattr(_fx, "_set_is_fx_tracing", lambda value: None)

@@ -1,9 +1,13 @@
-"""Private ``torch.distributed`` APIs: one name each, as in ``_torch.py``. Supported: torch 2.9 to 2.15."""
+"""Private ``torch.distributed`` APIs: one name each, as in ``_torch.py``. Supported: torch 2.9 to 2.15.
+
+What every version has stands in ``NAMES`` and is asked for with the feature; what was renamed is replaced below.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +16,62 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from distckpt_backends.private import PrivateNames, version
 
 from distckpt._torch import composable_contract
 
+_UNIT, _FSDP1 = "torch.distributed.fsdp._fully_shard", "torch.distributed.fsdp"
+_SCHEDULES, _STAGE = "torch.distributed.pipelining.schedules", "torch.distributed.pipelining.stage"
+NAMES = PrivateNames(
+    {
+        "process groups": (
+            "torch._C._distributed_c10d:_resolve_process_group",
+            "torch.distributed.distributed_c10d:_get_default_store",
+            "torch.distributed.distributed_c10d:_world.pg_map",
+            "torch.distributed:ProcessGroup._device_types",
+        ),
+        "FSDP2 units": (
+            f"{_UNIT}._fsdp_common:TrainingState",
+            f"{_UNIT}._fsdp_param_group:FSDPParamGroup._training_state",
+            f"{_UNIT}._fsdp_state:FSDPState._fsdp_param_group|_fsdp_param_groups",
+            f"{_UNIT}._fsdp_state:FSDPState._register_root_post_backward_final_callback",
+            f"{_UNIT}._fsdp_state:FSDPState._training_state",
+            f"{_UNIT}._fsdp_state:_get_module_fsdp_state",
+            "torch.distributed.fsdp:FSDPModule._get_fsdp_state",
+        ),
+        "FSDP1 units": (
+            f"{_FSDP1}._common_utils:HandleTrainingState",
+            f"{_FSDP1}._flat_param:FlatParamHandle._prefetched",
+            f"{_FSDP1}._flat_param:FlatParamHandle._training_state",
+            f"{_FSDP1}._runtime_utils:_unshard",
+        ),
+        "DTensors": (
+            "torch.distributed._functional_collectives:AsyncCollectiveTensor",
+            "torch.distributed.tensor:DTensor._local_tensor",
+            "torch.distributed.tensor._random:_rng_tracker",
+            "torch.distributed.tensor._random:is_rng_supported_mesh",
+            "torch.distributed.tensor._random:OffsetBasedRNGTracker",
+        ),
+        "pipeline stages": (
+            f"{_SCHEDULES}:_ComputationType",
+            f"{_SCHEDULES}:_PipelineScheduleRuntime._step_microbatches",
+            f"{_SCHEDULES}:PipelineScheduleMulti._n_microbatches",
+            f"{_SCHEDULES}:PipelineScheduleMulti._stages",
+            f"{_SCHEDULES}:PipelineScheduleMulti._step_microbatches",
+            f"{_SCHEDULES}:PipelineScheduleSingle._stage",
+            f"{_SCHEDULES}:Schedule1F1B._step_microbatches",
+            f"{_SCHEDULES}:ScheduleGPipe._step_microbatches",
+            f"{_STAGE}:_PipelineStageBase.fwd_cache|_forward_chunk_states",
+        ),
+        "the rehearsal of a plan": (
+            "torch._subclasses.fake_tensor:FakeTensorMode",
+            "torch.testing._internal.distributed.fake_pg:FakeStore",
+        ),
+    }
+)
+
 # Before, FSDP2 takes a unit's call inside a replay for a forward: it gathers, reshards, and gathers again.
-UNITS_IN_REPLAYS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+UNITS_IN_REPLAYS = version() >= (2, 13)
 # What a schedule does with one micro-batch on one stage, as its own tables name it.
 FORWARD, BACKWARD, INPUT_BACKWARD, WEIGHT_BACKWARD = "F", "B", "I", "W"
 
@@ -27,6 +82,7 @@ def default_store() -> Any:
     Raises:
         ImportError: torch was built without ``torch.distributed``.
     """
+    NAMES.need("process groups")
     from torch.distributed import distributed_c10d
 
     return distributed_c10d._get_default_store() if dist.is_available() and dist.is_initialized() else None
@@ -37,6 +93,7 @@ def abort_groups() -> None:
 
     NCCL does (its communicators are aborted and kernels end); gloo accepts the call and goes on waiting.
     """
+    NAMES.need("process groups")
     from torch.distributed import distributed_c10d
 
     for group in list(distributed_c10d._world.pg_map):
@@ -51,6 +108,7 @@ def group_of_collective(args: Sequence[Any]) -> Any:
 
     The first hand over the group itself, boxed, the second its registered name, as the last string.
     """
+    NAMES.need("process groups")
     from torch._C._distributed_c10d import _resolve_process_group
 
     for arg in args:
@@ -85,6 +143,7 @@ def fully_shard_options() -> tuple[str, ...]:
 
 def fsdp_state(module: torch.nn.Module) -> Any:
     """The FSDP2 state of a unit, or None. A grouped unit has one for all its modules."""
+    NAMES.need("FSDP2 units")
     from torch.distributed.fsdp._fully_shard._fsdp_state import _get_module_fsdp_state
 
     return _get_module_fsdp_state(module)
@@ -96,6 +155,18 @@ def parameter_groups(state: Any) -> list[Any]:
     if groups is None:  # older versions have one at most
         groups = [state._fsdp_param_group] if state._fsdp_param_group else []
     return groups
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether ``value`` is a DTensor, without loading DTensors for it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def is_fsdp1(module: torch.nn.Module) -> bool:
+    """Whether ``module`` is a FullyShardedDataParallel wrapper, without loading FSDP for it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
 
 
 def sharded_by(module: torch.nn.Module) -> str | None:
@@ -117,6 +188,7 @@ def unit_enters_replay(state: Any) -> None:
     callback at the end of the backward puts the state back and reshards, so it is queued here: the unit's own
     backward, which queues it otherwise, may never come.
     """
+    NAMES.need("FSDP2 units")
     from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
     state._training_state = TrainingState.PRE_BACKWARD
@@ -140,6 +212,7 @@ def fsdp1_unit_enters_replay(unit: Any) -> None:
     Otherwise it gathers, reshards, and gathers again; and a replay that stops early leaves a state that the unit's
     own backward does not allow.
     """
+    NAMES.need("FSDP1 units")
     from torch.distributed.fsdp._common_utils import HandleTrainingState
     from torch.distributed.fsdp._runtime_utils import _unshard
 
@@ -172,6 +245,7 @@ def plain_part(
     Of a DTensor that is replicated over a mesh dim with these ranks, and of a collective's result that may not have
     arrived yet (it is waited for, and comes back as a plain tensor). None for any other subclass.
     """
+    NAMES.need("DTensors")
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
     from torch.distributed.tensor import DTensor
 
@@ -208,6 +282,7 @@ def _itself(t: torch.Tensor) -> torch.Tensor:
 def dtensor_tracker() -> Any:
     """DTensor's random state tracker, or None: it has none on a CPU mesh, nor before its first random operator."""
     try:
+        NAMES.need("DTensors")
         from torch.distributed.tensor import _random
     except ImportError:  # a torch without distributed
         return None
@@ -219,6 +294,7 @@ def make_dtensor_tracker(mesh: Any) -> Any:
 
     DTensor makes it in its first random operator otherwise, and that broadcasts rank 0's random state to all.
     """
+    NAMES.need("DTensors")
     from torch.distributed.tensor import _random
 
     if _random._rng_tracker is None:
@@ -253,6 +329,7 @@ def pipelining() -> Any:
     Raises:
         ImportError: torch was built without ``torch.distributed``.
     """
+    NAMES.need("pipeline stages")
     from torch.distributed.pipelining import schedules
 
     return schedules
@@ -260,6 +337,7 @@ def pipelining() -> Any:
 
 def is_stage(value: Any) -> bool:
     """Whether ``value`` is a pipeline stage of ``torch.distributed.pipelining``."""
+    NAMES.need("pipeline stages")
     from torch.distributed.pipelining.stage import _PipelineStageBase
 
     return isinstance(value, _PipelineStageBase)
@@ -324,22 +402,40 @@ def custom_computations(schedule: Any) -> list[str]:
 def step_with(schedule: Any, wait: Callable[[Callable[[Any], None], Any], None]) -> Any:
     """The step of ``schedule`` with its waits given to ``wait(original, works)``; None if its step has no such wait.
 
-    The step is the same code with another meaning of one global name. Nothing of torch's own is changed, so other
-    schedules in the process do not notice. A wait comes after the receives were posted and before their result is
-    used, which is the only place where something can be done meanwhile: the works are made and waited for in there.
+    The step is the same code with another meaning of one global name, and so are the helpers that wait for it (1F1B has
+    one from torch 2.15 on). Nothing of torch's own is changed, so other schedules in the process do not notice. A wait
+    comes after the receives were posted and before their result is used, which is the only place where
+    something can be done meanwhile: the works are made and waited for in there.
     """
     step = type(schedule)._step_microbatches
-    original = step.__globals__.get("_wait_batch_p2p")
-    if (
-        original is None
-        or "_step_microbatches" in schedule.__dict__
-        or not _names(step.__code__, "_wait_batch_p2p")
-    ):
+    original = step.__globals__.get(_WAIT)
+    if original is None or "_step_microbatches" in schedule.__dict__:
         return None
-    names = {**step.__globals__, "_wait_batch_p2p": lambda works: wait(original, works)}
-    again = types.FunctionType(step.__code__, names, step.__name__, step.__defaults__, step.__closure__)
-    again.__kwdefaults__ = step.__kwdefaults__
-    return types.MethodType(again, schedule)
+    waiting = {
+        name: found
+        for name, found in step.__globals__.items()
+        if isinstance(found, types.FunctionType)
+        and found.__globals__ is step.__globals__
+        and _names(step.__code__, name)
+        and _names(found.__code__, _WAIT)
+    }
+    if not waiting and not _names(step.__code__, _WAIT):
+        return None
+    names = {**step.__globals__, _WAIT: lambda works: wait(original, works)}
+    names |= {name: _with_names(found, names) for name, found in waiting.items()}
+    return types.MethodType(_with_names(step, names), schedule)
+
+
+_WAIT = "_wait_batch_p2p"
+
+
+def _with_names(function: types.FunctionType, names: dict[str, Any]) -> types.FunctionType:
+    """``function`` with ``names`` for its globals."""
+    again = types.FunctionType(
+        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
+    )
+    again.__kwdefaults__ = function.__kwdefaults__
+    return again
 
 
 def _names(code: types.CodeType, name: str) -> bool:
@@ -349,8 +445,15 @@ def _names(code: types.CodeType, name: str) -> bool:
 
 
 def stage_ends(stage: Any, micro_batch: int) -> tuple[Any, Any]:
-    """Outputs and inputs of the forward of ``micro_batch``, before its backward takes them."""
-    return stage.fwd_cache[micro_batch]
+    """Outputs and inputs of the forward of ``micro_batch``, before its backward takes them.
+
+    From torch 2.15 on an output that was sent is gone, and the edge of the graph that made it stands in its place.
+    """
+    states = getattr(stage, "_forward_chunk_states", None)
+    if states is None:  # torch before 2.15
+        return stage.fwd_cache[micro_batch]
+    state = states[micro_batch]
+    return state.stage_output_for_backward(), state.input_values
 
 
 def sharded_units(module: torch.nn.Module) -> dict[torch.nn.Module, tuple[str, bool]]:
@@ -358,6 +461,7 @@ def sharded_units(module: torch.nn.Module) -> dict[torch.nn.Module, tuple[str, b
 
     Of FSDP1 that is never said: it frees memory that its parameters still name.
     """
+    NAMES.need("FSDP2 units")
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     found: dict[torch.nn.Module, tuple[str, bool]] = {}
@@ -380,6 +484,7 @@ def fake_store() -> Any:
     Importing it registers that backend; torch 2.9 knows the shapes of collectives on fake tensors only with the other
     import.
     """
+    NAMES.need("the rehearsal of a plan")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     return FakeStore()
@@ -387,6 +492,7 @@ def fake_store() -> Any:
 
 def fake_tensors() -> Any:
     """A mode whose tensors have shapes and types and no memory."""
+    NAMES.need("the rehearsal of a plan")
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode()

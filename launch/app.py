@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch.distributed as dist
 
 from distckpt.cli.errors import CliError
 from distckpt.cli.launched import place
-from launch.errors import LaunchError
-from launch.parallel import World, agree, joined
+from launch.errors import BadCheckpoint, LaunchError
+from launch.parallel import World, agree, joined, shared
 
 OK, DIFFERS, BAD_INPUT = 0, 1, 2
 
@@ -25,7 +26,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     with joined() as world:
         try:
-            return _job(arguments, world)
+            code = _job(arguments, world)
+            dist.barrier()  # nobody leaves, and takes a connection along, while others still gather
+            return code
         except LaunchError as error:
             if world.first:
                 print(f"launch/train.py: {error.line()}", file=sys.stderr, flush=True)
@@ -55,7 +58,19 @@ def _job(arguments: Sequence[str] | None, world: World) -> int:
         results = compare.compare(options, text, world, report)
         compare.show(results, options, world, report)
         return OK if compare.exact(results) else DIFFERS
-    folder = options.resume
-    found = None if folder is None else agree(lambda: state.find(folder, options, world))
+    options = replace(
+        options, resume=next((asked for asked in shared(lambda: options.resume) if asked), None)
+    )
+    found = None if options.resume is None else state.find(options.resume, options, world)
+    for damaged in found.damaged if found and world.first else ():
+        print(
+            f"launch/train.py: [{BadCheckpoint.code}] left out, damaged: {damaged}",
+            file=sys.stderr,
+            flush=True,
+        )
+    state.refuse_overwriting(options, found)
+    if found is not None and found.step == options.steps:
+        report.say(f"{found.folder} has done all {found.step} steps: nothing is left to do")
+        return OK
     loop.train(options, text, world, report, found)
     return OK

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import distckpt as dc
+from distckpt import modules
 from distckpt._torch_dist import fake_store, fake_tensors
 from launch.errors import BadOption
 from launch.measure import LiveBytes
@@ -207,7 +208,7 @@ def _measure(layout: Layout, stage: int) -> Kind:
 def _measured(layout: Layout, stage: int, mesh: DeviceMesh) -> Kind:
     with fake_tensors():
         model, units = _build(layout, stage, mesh)
-        regions = dc.modules.regions(model)
+        regions = modules.regions(model)
         count = len(regions)
         parameters = sum(_local(p) for p in model.parameters())
         peak = _step(layout, stage, model) + (parameters if layout.parallel == "ddp" else 0)

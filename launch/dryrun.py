@@ -11,14 +11,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):
     _root = Path(__file__).resolve().parents[1]
     sys.path[0:1] = [str(_root), str(_root / "backends")]
-
-from launch.errors import LaunchError
 
 if TYPE_CHECKING:
     from launch.drykinds import Kind, Layout
@@ -54,6 +53,11 @@ class DryRun:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    if find_spec("torch") is None:
+        print("launch/dryrun.py: [DC500] torch is not installed: pip install -e '.[cli]'", file=sys.stderr)
+        return BAD_INPUT
+    from launch.errors import LaunchError
+
     try:
         try:
             import tyro

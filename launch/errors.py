@@ -28,6 +28,24 @@ class BadData(LaunchError):
 
 
 class BadCheckpoint(LaunchError):
-    """There is no checkpoint to resume from, or it was made by a different job."""
+    """There is no checkpoint to resume from, it is damaged, or it was made by a different job."""
 
     code = "DC503"
+
+
+class UnsafeCheckpoint(LaunchError):
+    """A checkpoint holds something else than data, so it is not read."""
+
+    code = "DC504"
+
+
+class WouldOverwrite(LaunchError):
+    """A run would write over later steps of another one."""
+
+    code = "DC505"
+
+
+class NotSaved(LaunchError):
+    """A checkpoint could not be written."""
+
+    code = "DC506"

@@ -20,7 +20,7 @@ def train(
     trainer = Trainer(options, options.ckpt, text, world)
     start = 0
     if resume is not None:
-        state.load(resume.folder, trainer, world)
+        state.load(resume, trainer, world)
         start = resume.step
         report.say(f"resumed {resume.folder} after {start} steps")
     began = time.perf_counter()

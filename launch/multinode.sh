@@ -3,7 +3,7 @@
 # it (or for another in its place), and all go on from the last checkpoint in RUN.
 #
 #   HEAD=node0 NNODES=2 launch/multinode.sh --steps 10000          on every machine
-#   HEAD=node0 NNODES=2 launch/multinode.sh --print                show the command, run nothing
+#   launch/multinode.sh --print                                    show the command, run nothing
 #
 # RUN must be a folder that all machines share. The number of ranks stays the same over restarts: each rank has random
 # numbers of its own, and only then is the result the same to the bit.
@@ -23,6 +23,7 @@ SCRIPT=${SCRIPT:-launch/train.py}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 refuse() { echo "launch/multinode.sh: $1" >&2; exit 2; }
+usage() { sed -nE -e '1d; /^#SBATCH/d; 1,/^set /s/^# ?//p' -e 's/^([A-Z_]+)=\$\{\1:-(.*)\} *(#|$) */  \1 (\2)  /p' launch/multinode.sh; }
 show() { printf '%q ' "$@"; echo; }
 has_torch() { "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'; }
 
@@ -37,8 +38,13 @@ fi
 
 print=false arguments=()
 for argument in "$@"; do
-  if [[ $argument == --print ]]; then print=true; else arguments+=("$argument"); fi
+  case $argument in
+    --print) print=true ;;
+    --help | -h) usage; exit ;;
+    *) arguments+=("$argument") ;;
+  esac
 done
+$print && HEAD=${HEAD:-HEAD} # a placeholder: nobody has to meet
 [[ -n $HEAD ]] || refuse "HEAD is not set, so the machines cannot meet: HEAD=host NNODES=$NNODES launch/multinode.sh ..."
 [[ $NPROC =~ ^[1-9][0-9]*$ ]] || refuse "NPROC is '$NPROC': give the number of ranks per machine, 1 or more"
 [[ $NNODES =~ ^[1-9][0-9]*$ ]] || refuse "NNODES is '$NNODES': give the number of machines, 1 or more"

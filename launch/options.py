@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -67,7 +68,7 @@ class Options:
     save_every: int = 0
     """Save after every N steps; 0 saves once, at the end, if --save is given."""
     resume: Path | None = None
-    """Folder that --save wrote, or one step-* folder in it; the newest complete one is used."""
+    """Folder that --save wrote, or one step-* folder in it; the newest complete and undamaged one is used."""
 
     def check(self) -> None:
         """Raise BadOption, with what to write instead, if the job cannot run like this."""
@@ -90,8 +91,10 @@ class Options:
             )
         if not 0 <= self.dropout < 1:
             raise BadOption(f"--dropout is {self.dropout}", fix="give a probability, at least 0 and below 1")
-        if self.lr <= 0:
+        if not 0 < self.lr < math.inf:
             raise BadOption(f"--lr is {self.lr}", fix="give a number above 0")
+        if abs(self.seed) > 2**40:
+            raise BadOption(f"--seed is {self.seed}", fix="give a number of at most 12 digits")
         if self.save_every < 0:
             raise BadOption(f"--save-every is {self.save_every}", fix="give steps, or 0 to save at the end")
         if self.save_every and self.save is None:
@@ -105,6 +108,11 @@ class Options:
     def pipelined(self) -> bool:
         """Whether there is a schedule."""
         return self.parallel in ("pp", "pp+fsdp")
+
+    @property
+    def restarts(self) -> bool:
+        """Whether the run saves to the folder that it resumes, as a job does that is started again when it fails."""
+        return self.save is not None and self.save == self.resume
 
     def spread(self) -> str:
         """The layout for people: fsdp, or pp with its schedule."""

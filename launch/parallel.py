@@ -11,6 +11,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
+import distckpt as dc
 from launch.errors import LaunchError
 
 T = TypeVar("T")
@@ -22,6 +23,7 @@ class World:
 
     rank: int
     size: int
+    coordinator: dc.Coordinator
 
     @property
     def first(self) -> bool:
@@ -37,7 +39,8 @@ def joined() -> Iterator[World]:
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield World(dist.get_rank(), dist.get_world_size())
+        with dc.Coordinator() as coordinator:  # its alarm ends before the group does
+            yield World(dist.get_rank(), dist.get_world_size(), coordinator)
     finally:
         dist.destroy_process_group()
 
@@ -56,18 +59,29 @@ def everyone(thing: object) -> list[object]:
     return things
 
 
-def agree(work: Callable[[], T]) -> T:
-    """Do `work` on every rank and raise on all of them what it raised on any, so that none is left waiting.
+def shared(work: Callable[[], T]) -> list[T]:
+    """Do `work` on every rank; returns what each came to, by rank. Collective.
 
-    Only LaunchError is shared: anything else is a bug, and stops its own rank at once.
+    What it raised on any rank is raised on all of them, so that none is left waiting. Only LaunchError is shared:
+    anything else is a bug, and stops its own rank at once.
     """
-    done: T | None = None
-    error: LaunchError | None = None
+    done: T | LaunchError
     try:
         done = work()
     except LaunchError as raised:
-        error = raised
-    for other in everyone(error):
+        done = raised
+    found = everyone(done)
+    for other in found:
         if isinstance(other, LaunchError):
             raise other
-    return cast(T, done)
+    return cast(list[T], found)
+
+
+def agree(work: Callable[[], T]) -> T:
+    """Do `work` on every rank; returns what this rank came to. Collective, and raises as `shared` does."""
+    return shared(work)[dist.get_rank()]
+
+
+def once(work: Callable[[], T]) -> T:
+    """Do `work` on the first rank alone; returns what it came to, on all. Collective, and raises as `shared` does."""
+    return cast(T, shared(lambda: work() if dist.get_rank() == 0 else None)[0])

@@ -10,6 +10,7 @@ Exit code: 0, or 1 if a comparison is not equal to the bit, or 2 for input it ca
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -20,6 +21,9 @@ def main() -> int:
         # are found, installed or not, and no module here can stand in for another of the same name.
         root = Path(__file__).resolve().parents[1]
         sys.path[0:1] = [str(root), str(root / "backends")]
+    if find_spec("torch") is None:
+        print("launch/train.py: [DC500] torch is not installed: pip install -e '.[cli]'", file=sys.stderr)
+        return 2
     from launch.app import run
 
     return run()

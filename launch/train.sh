@@ -4,6 +4,7 @@
 #   launch/train.sh --steps 200 --save runs/a          options are launch/train.py's
 #   NPROC=4 LOG_RANK=0,1 launch/train.sh               4 ranks, two of them logged
 #   launch/train.sh --print --steps 200                show the command, run nothing
+#   python3 launch/train.py --help                     all options
 #   launch/train.sh --dry-run --ranks 512 --parallel pp+fsdp    what 512 ranks would save and hold
 set -euo pipefail
 
@@ -15,6 +16,7 @@ SCRIPT=${SCRIPT:-launch/train.py}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 refuse() { echo "launch/train.sh: $1" >&2; exit 2; }
+usage() { sed -nE -e '1d; /^#SBATCH/d; 1,/^set /s/^# ?//p' -e 's/^([A-Z_]+)=\$\{\1:-(.*)\} *(#|$) */  \1 (\2)  /p' "$0"; }
 show() { printf '%q ' "$@"; echo; }
 has_torch() { "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'; }
 
@@ -23,6 +25,7 @@ for argument in "$@"; do
   case $argument in
     --print) print=true ;;
     --dry-run) dry=true ;;
+    --help | -h) usage; exit ;;
     *) arguments+=("$argument") ;;
   esac
 done

@@ -23,6 +23,7 @@ class Trainer:
         self.mode = mode
         self.layout = lay_out(options, mode, world)
         self.model = self.layout.model
+        world.coordinator.check(self.layout.stages())  # ranks that differ end here, all with the same error
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr, betas=(0.9, 0.95))
         self.batches = Batches(
             text,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -83,8 +85,38 @@ def test_the_tutorials_blocks_run_in_order_and_print_what_the_page_says() -> Non
         assert out.getvalue() == printed, f"block {number}"
 
 
+def test_the_readmes_recipes_run_as_printed(tmp_path: Path) -> None:
+    page = (ROOT / "README.md").read_text()
+    names: dict[str, object] = {"__name__": "readme"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'backends'}",
+        "OMP_NUM_THREADS": "1",
+    }
+    files = []
+    for code, printed in re.findall(r"^```python\n(.*?)^```\n(?:\n^```text\n(.*?)^```)?", page, re.S | re.M):
+        file = re.match(r"# (\w+\.py)(?:: torchrun (.*))?\n", code)
+        if file is None:
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                exec(compile(code, "README", "exec"), names)
+            assert out.getvalue() == printed
+            continue
+        files.append(file[1])
+        (tmp_path / file[1]).write_text(code)
+        if "transformers" in code and find_spec("transformers") is None:
+            continue
+        how = ["-m", "torch.distributed.run", *file[2].split()] if file[2] else [file[1]]
+        command = [sys.executable, *how]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert files == ["train.py", "ranks.py"]
+
+
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
-    pytest.importorskip("material", reason="the site needs the dev extra")
+    pytest.importorskip("material", reason="the site needs the docs extra: `make docs` installs it")
     command = [sys.executable, "-W", "ignore", "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

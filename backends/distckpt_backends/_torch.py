@@ -14,6 +14,19 @@ from typing import Any
 
 import torch
 
+from .private import NEWEST, OLDEST, PrivateNames, version
+
+NAMES = PrivateNames(
+    {
+        "devices": ("torch._C:_get_privateuse1_backend_name",),
+        "devices that compile whole programs": (
+            "torch._C:_current_graph_task_id",
+            "torch.autograd:Variable._execution_engine.queue_callback",
+            "torch.utils._python_dispatch:_disable_current_modes",
+        ),
+    }
+)
+
 
 def compiled_types() -> tuple[str, ...]:
     """The accelerator types that this build of torch was compiled for, whether or not the machine has one."""
@@ -31,6 +44,7 @@ def compiled_types() -> tuple[str, ...]:
 
 def private_use_name() -> str:
     """The name that a device extension gave to PrivateUse1; "privateuseone" while none did."""
+    NAMES.need("devices")
     return torch._C._get_privateuse1_backend_name()
 
 
@@ -57,33 +71,36 @@ def registered_module_types() -> tuple[str, ...]:
 _WITHOUT_MODULE = ("lazy", "hpu", "ipu", "ve", "fpga", "maia", "vulkan", "opengl", "opencl", "ideep")
 
 
+# What follows the start of the Mersenne Twister: its seed, position and flag, its words, and two cached normals.
+_BEFORE_WORDS, _WORDS, _CACHED = 20, 624 * 4, 28
+
+
 def cpu_generator_memory(generator: torch.Generator) -> Any | None:
     """The memory in which torch keeps the whole state of a CPU generator, as a live ctypes array of bytes.
 
     None where it cannot be found for certain: see Note [Generator memory] in ``cpu.py``. Known for torch 2.9 to
     2.15 on Linux; any other is asked by ``get_state()``.
     """
-    version = tuple(map(int, torch.__version__.split(".")[:2]))
-    if sys.platform != "linux" or not (2, 9) <= version <= (2, 15):
+    if sys.platform != "linux" or not OLDEST <= version() <= NEWEST:
         return None
     try:
-        usable_size = ctypes.CDLL(None).malloc_usable_size  # of the block that holds the C++ object
         base = generator._cdata  # type: ignore[attr-defined]
-    except AttributeError:
+        with open("/proc/self/mem", "rb", buffering=0) as memory:
+            memory.seek(base)
+            block = memory.read(4096)  # ends early where the next page is not there
+    except (AttributeError, OSError, OverflowError, ValueError):
         return None
-    usable_size.argtypes, usable_size.restype = (ctypes.c_void_p,), ctypes.c_size_t
-    size = usable_size(base)
     state = generator.get_state()
     words = struct.unpack_from("<624Q", ctypes.string_at(state.data_ptr(), state.numel()), 24)
     try:
         found = struct.pack("=624I", *words)
     except struct.error:  # the layout of the state itself is another one
         return None
-    block = ctypes.string_at(base, size)
-    start = block.find(found) - 20  # before the words: seed, position and flag of the Mersenne Twister
-    if start < 0 or block.find(found, start + 21) != -1:
+    start = block.find(found) - _BEFORE_WORDS
+    size = _BEFORE_WORDS + _WORDS + _CACHED
+    if start < 0 or start + size > len(block):
         return None
-    return (ctypes.c_char * (size - start)).from_address(base + start)
+    return (ctypes.c_char * size).from_address(base + start)
 
 
 # torch_xla 2.9 --------------------------------------------------------------------------------------------
@@ -165,6 +182,7 @@ def _unseen() -> Iterator[None]:
 
 def backward_number() -> int:
     """Which backward autograd runs on this thread, by a number that is never used again; -1 for none."""
+    NAMES.need("devices that compile whole programs")
     return torch._C._current_graph_task_id()
 
 

@@ -77,3 +77,9 @@ class NoRngError(DistckptError):
     """The device type offers no way to read and put back its random state."""
 
     code = "DC207"
+
+
+class UnsupportedTorch(DistckptError):
+    """The installed torch lacks private names that distckpt needs."""
+
+    code = "DC208"

@@ -22,6 +22,10 @@ class Usage(Exception):
         super().__init__(what)
         self.what, self.fix = what, fix
 
+    def line(self) -> str:
+        """The line that its coded error, ``BadUsage``, would print; that class needs torch."""
+        return f"[DC701] {self.what}: {self.fix}"
+
 
 class _Parser(argparse.ArgumentParser):
     """One line instead of a page when the arguments are wrong."""

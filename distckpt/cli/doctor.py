@@ -21,9 +21,13 @@ SCHEMA = "distckpt.doctor/1"
 def doctor(options: Options, environment: Mapping[str, str] | None = None) -> int:
     """Look, self-test, print (rank 0 only). Returns the exit code: 0, or 1 when something failed, on every rank."""
     environment = os.environ if environment is None else environment
+    torchs = machine.torch_findings()
     entries = machine.devices()
     here, ranks, found = _meet(environment, options.timeout)
-    mine = [] if options.no_self_test else _self_test(options, entries, here)
+    left_out = "as asked" if options.no_self_test else None
+    if not machine.regions_work():
+        left_out = "regions need what this torch lacks"
+    mine = [] if left_out else _self_test(options, entries, here)
     everyone = ranks.bring(mine)
 
     def report() -> int:
@@ -32,10 +36,11 @@ def doctor(options: Options, environment: Mapping[str, str] | None = None) -> in
         if found is not None:
             launch = [f for f in launch if f.subject != found.subject] + [found]
         sections = {
+            "torch": Section("Torch", tuple(torchs)),
             "devices": Section("Devices", tuple(machine.device_findings(entries))),
             "launch": Section("Launch", tuple(launch)),
             "neighbours": Section("Neighbours", tuple(neighbours.findings(environment, options.imports))),
-            "self_test": Section("Replay self-test", tuple(_verdicts(everyone, options))),
+            "self_test": Section("Replay self-test", tuple(_verdicts(everyone, options, left_out))),
         }
         failures = sum(f.status == "fail" for s in sections.values() for f in s.findings)
         warnings = sum(f.status == "warn" for s in sections.values() for f in s.findings)
@@ -90,9 +95,10 @@ def _self_test(options: Options, entries: list[dict[str, Any]], here: launched.P
     return [asdict(result) for result in selftest.run(devices)]
 
 
-def _verdicts(everyone: list[Any], options: Options) -> list[Finding]:
-    if options.no_self_test:
-        return [Finding("off", "left out", "as asked", "leave out --no-self-test")]
+def _verdicts(everyone: list[Any], options: Options, left_out: str | None) -> list[Finding]:
+    if left_out:
+        fix = "leave out --no-self-test" if options.no_self_test else None
+        return [Finding("off", "left out", left_out, fix)]
     if not any(everyone):
         return [_unknown(options)]
     found = [_equal(everyone)]

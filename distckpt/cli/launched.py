@@ -105,7 +105,9 @@ def _pjrt(environment: Mapping[str, str], xla: str | None) -> list[Finding]:
     device = environment.get("PJRT_DEVICE")
     if device and xla is None:
         text = f"PJRT_DEVICE is {device} and torch_xla is not installed: XLA is not used"
-        return [Finding("warn", "xla", text, "pip install 'distckpt[xla]', or unset PJRT_DEVICE")]
+        return [
+            Finding("warn", "xla", text, "pip install torch==2.9.0 torch-xla==2.9.0, or unset PJRT_DEVICE")
+        ]
     if xla is not None and not device:
         text = "PJRT_DEVICE is not set: torch_xla picks a device by itself"
         return [Finding("warn", "xla", text, "export PJRT_DEVICE=TPU, or CPU to try it without one")]

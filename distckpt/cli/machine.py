@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
+import warnings
 from typing import Any
 
 import distckpt_backends
-from distckpt_backends import Backend
+from distckpt_backends import Backend, private
+from distckpt_backends.errors import UnsupportedTorch
 
 from distckpt import __version__
 from distckpt.cli.page import Finding
@@ -33,9 +35,54 @@ def versions() -> dict[str, str]:
     return found | {"platform": f"{sys.platform} {platform.machine()}"}
 
 
+_ROOMS = ("distckpt_backends._torch", "distckpt._torch", "distckpt._torch_dist")
+
+
+def torch_findings() -> list[Finding]:
+    """Whether this torch was tried, and what it lacks of the private names that we need."""
+    lacking: dict[str, UnsupportedTorch] = {}
+    count = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they say is a line below
+        for room in _ROOMS:
+            try:
+                names = importlib.import_module(room).NAMES
+            except UnsupportedTorch as error:
+                lacking[error.what] = error
+                continue
+            for feature, needed in names.table.items():
+                try:
+                    names.need(feature)
+                    count += len(needed)
+                except UnsupportedTorch as error:
+                    lacking[error.what] = error
+                except ImportError:  # a torch without torch.distributed
+                    continue
+    found = [Finding.failed("private names", error) for error in lacking.values()]
+    tried = f"tried on torch {private.text(private.OLDEST)} to {private.text(private.NEWEST)}"
+    found = found or [Finding("ok", "private names", f"all {count} that are needed; {tried}")]
+    newer = private.untried()
+    if newer is not None:
+        found.append(Finding("warn", "version", newer))
+    return found
+
+
+def regions_work() -> bool:
+    """Whether this torch has what every region needs."""
+    try:
+        importlib.import_module("distckpt._torch")
+        distckpt_backends.known_types()
+    except UnsupportedTorch:
+        return False
+    return True
+
+
 def device_types() -> list[str]:
-    """Every device type that there could be here, CPU first."""
-    return list(distckpt_backends.known_types())
+    """Every device type that there could be here, CPU first; none where this torch cannot tell."""
+    try:
+        return list(distckpt_backends.known_types())
+    except UnsupportedTorch:
+        return []
 
 
 def why_off(kind: str) -> tuple[Backend | None, str | None]:
@@ -83,7 +130,7 @@ def devices() -> list[dict[str, Any]]:
     return found
 
 
-_FIXES = {"xla": "install the extra: pip install 'distckpt[xla]', in an environment of its own"}
+_FIXES = {"xla": "pip install torch==2.9.0 torch-xla==2.9.0, in an environment of its own"}
 
 
 def device_findings(entries: list[dict[str, Any]]) -> list[Finding]:

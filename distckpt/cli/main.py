@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,10 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
-    except Usage as usage:  # torch comes only now: nobody waits for it who typed the command right
-        from distckpt.cli.errors import BadUsage
-
-        return _refuse(BadUsage(usage.what, fix=usage.fix))
+    except Usage as usage:
+        return _refuse(usage)
+    # Torch says this when it is imported; nothing of ours needs numpy.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     if options.command == "run":
         from distckpt.cli.errors import CliError
         from distckpt.cli.run import prepare
@@ -41,6 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return doctor(options)
 
 
-def _refuse(error: CliError) -> int:
+def _refuse(error: CliError | Usage) -> int:
     print(f"distckpt: {error.line()}", file=sys.stderr, flush=True)
     return USAGE

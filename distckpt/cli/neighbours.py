@@ -93,8 +93,8 @@ def _transformers() -> list[Finding]:
         return []
     old = version.split(".")[0].isdigit() and int(version.split(".")[0]) < 5
     flag = "gradient_checkpointing" if old else "activation_checkpointing"
-    text = f"TrainingArguments({flag}=True) replaces our function when train() starts"
-    return [Finding("warn", f"transformers {version}", text, f"leave {flag} at False where you use dc.apply")]
+    text = f"leave TrainingArguments({flag}=) at False where you use dc.apply: it replaces our function"
+    return [Finding("ok", f"transformers {version}", text)]
 
 
 def _imported(name: str) -> list[Finding]:

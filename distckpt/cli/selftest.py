@@ -15,6 +15,7 @@ from distckpt_backends import Backend
 
 import distckpt as dc
 from distckpt.cli.cases import AUTOCAST, CASES, Case, Region
+from distckpt.engine.options import DeterminismCheck
 
 _OURS, _TORCHS = "dc.checkpoint", "torch's names"
 _WAYS: dict[str, Callable[[bool], Region]] = {
@@ -24,7 +25,7 @@ _WAYS: dict[str, Callable[[bool], Region]] = {
 _STATE = "state"  # of modules; torch's names change it twice, as torch does
 
 
-def _ours(check: str, fn: Any, *args: Any, **kwargs: Any) -> Any:
+def _ours(check: DeterminismCheck, fn: Any, *args: Any, **kwargs: Any) -> Any:
     # Comparing every saved value would flush a deferred device in the middle of its program.
     return dc.checkpoint(determinism_check=check)(fn)(*args, **kwargs)
 

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+import torch
 import torch.utils.checkpoint as torchs
 
 from distckpt import compat
-from distckpt._torch import is_aot_tracing, noop_context_fn
-from distckpt.compat.checkpoint import _checkpoint_without_reentrant_generator
+from distckpt._torch import (
+    GENERATOR,
+    GENERATOR_IMPL,
+    composable_checkpoint,
+    is_aot_tracing,
+    noop_context_fn,
+    original_checkpoint,
+    original_generators,
+)
+from distckpt.compat.checkpoint import (
+    _checkpoint_without_reentrant_generator,
+    _checkpoint_without_reentrant_generator_impl,
+)
+from distckpt.compat.errors import TorchAnswers
+from distckpt.engine.events import counters
+from distckpt.engine.state import region_here
 
 # Read by name at each use, by Dynamo's identity test and torch's own operator among others: the compile stack
 # follows torch.utils.checkpoint by itself, and what it bound at import (enum members, mode classes that its dispatch
@@ -26,12 +41,9 @@ _LEFT_ALONE = (
     "torch._inductor",
 )
 
-# Not in __all__, but imported by others, torch's composable API among them. Torch's own `checkpoint` looks the first
-# one up by name, so it opens our regions even where somebody kept hold of it.
-_GENERATOR = "_checkpoint_without_reentrant_generator"
-_PRIVATE = (_GENERATOR, "_infer_device_type", "_get_autocast_kwargs")
-
-_torchs_generator = getattr(torchs, _GENERATOR)
+# Not in __all__, but imported by others, torch's composable API among them. Torch's own `checkpoint` looks one of the
+# generators up by name, so it opens our regions even where somebody kept hold of it.
+_PRIVATE = (GENERATOR, GENERATOR_IMPL, "_infer_device_type", "_get_autocast_kwargs")
 
 _Binding = tuple[dict[str, Any], str, Any, Any]  # namespace, name, torch's object, ours
 
@@ -99,16 +111,87 @@ def install() -> Installed:
     Where torch's ``checkpoint`` is held elsewhere (a ``functools.partial`` or a default argument made before),
     the call still reaches our engine, except under ``torch.compile``, where it breaks the graph.
 
+    Each call proves it: torch's own functions are called once, and each must open a region of ours.
+
     Installations nest: each returns a handle, and the names go back when the last one is removed.
+
+    Raises:
+        TorchAnswers: torch's engine answered in the proof; every name is as it was before the call (DC209).
     """
     global _depth, _pairs, _seen
     with _lock:
         if _depth == 0:
             _seen = frozenset(sys.modules)
             _pairs = _replacements()
+        before = len(_bindings)
         _rebind()
+        try:
+            _prove()
+        except BaseException:
+            _put_back(before)
+            raise
         _depth += 1
         return Installed()
+
+
+def _prove() -> None:
+    """Call torch's own functions once each, in a thread of its own, which has none of the caller's modes.
+
+    Raises:
+        TorchAnswers: one of them opened no region of ours.
+    """
+    unreached: dict[str, Exception | None] = {}
+
+    def prove() -> None:
+        x = torch.ones((), device="cpu", requires_grad=True)
+        for name, call in _ways().items():
+            inside: list[bool] = []
+
+            def note(x: torch.Tensor, inside: list[bool] = inside) -> torch.Tensor:
+                inside.append(region_here() is not None)
+                return x * 1
+
+            error = None
+            try:
+                call(note, x)
+            except Exception as found:
+                error = found
+            counters.regions -= sum(inside)  # none that anybody asked for
+            if error is not None or inside != [True]:
+                unreached[name] = error
+
+    thread = threading.Thread(target=prove, name="distckpt.install")
+    thread.start()
+    thread.join()
+    if unreached:
+        raise TorchAnswers(
+            f"after compat.install(), torch's own engine still answers {', '.join(unreached)}",
+            why=f"torch {torch.__version__} or another library leads these calls past the names that were replaced",
+            fix="install before that library is imported, or use a torch that distckpt was tried on",
+        ) from next(iter(unreached.values()))
+
+
+def _ways() -> dict[str, Callable[[Any, torch.Tensor], Any]]:
+    """Torch's own entries, as somebody who kept hold of them calls them."""
+    ways: dict[str, Callable[[Any, torch.Tensor], Any]] = {
+        f"checkpoint(use_reentrant={reentrant})": lambda fn, x, reentrant=reentrant: original_checkpoint(
+            fn, x, use_reentrant=reentrant, preserve_rng_state=False
+        )
+        for reentrant in (False, True)
+    }
+    composable = composable_checkpoint()
+    if composable is not None:
+        ways["_composable.checkpoint"] = lambda fn, x: composable(_Calls(fn), preserve_rng_state=False)(x)
+    return ways
+
+
+class _Calls(torch.nn.Module):
+    def __init__(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fn(x)
 
 
 def _replacements() -> dict[int, tuple[Any, Any]]:
@@ -129,17 +212,29 @@ def _replaceable(theirs: Any, ours: Any) -> bool:
 
 
 def _generator(
-    fn: Any, preserve_rng_state: bool, context_fn: Any, *args: Any, **kwargs: Any
+    fn: Any, preserve_rng_state: bool = True, context_fn: Any = noop_context_fn, *args: Any, **kwargs: Any
 ) -> Iterator[None]:
     """Ours, except for torch's own ``checkpoint`` on its way through AOTAutograd, which is traced as it is."""
     theirs = context_fn is not noop_context_fn and is_aot_tracing()
-    make = _torchs_generator if theirs else _checkpoint_without_reentrant_generator
+    make = original_generators[GENERATOR] if theirs else _checkpoint_without_reentrant_generator
     return make(fn, preserve_rng_state, context_fn, *args, **kwargs)
 
 
+def _generator_impl(
+    fn: Any, args: Any, kwargs: Any, *, context_fn: Any = noop_context_fn, **options: Any
+) -> Iterator[None]:
+    """The same, as torch calls it from 2.14 on."""
+    theirs = context_fn is not noop_context_fn and is_aot_tracing()
+    make = original_generators[GENERATOR_IMPL] if theirs else _checkpoint_without_reentrant_generator_impl
+    return make(fn, args, kwargs, context_fn=context_fn, **options)
+
+
+_GENERATORS = {GENERATOR: _generator, GENERATOR_IMPL: _generator_impl}
+
+
 def _ours(name: str) -> Any:
-    if name == _GENERATOR:
-        return _generator
+    if name in _GENERATORS:
+        return _GENERATORS[name]
     found = getattr(compat, name, None)
     if found is None or isinstance(found, ModuleType):
         found = getattr(sys.modules["distckpt.compat.checkpoint"], name, None)
@@ -155,13 +250,17 @@ def _rebind() -> None:
                 _bindings.append((namespace, name, *pair))
 
 
-def _put_back() -> None:
-    ours = {id(mine): (mine, theirs) for _, _, theirs, mine in _bindings}
-    sources = {namespace.get("__name__") for namespace, *_ in _bindings}
-    for namespace, name, theirs, mine in reversed(_bindings):
+def _put_back(first: int = 0) -> None:
+    """Undo the bindings from number ``first`` on; with all of them, also what modules imported meanwhile took."""
+    undone = _bindings[first:]
+    del _bindings[first:]
+    for namespace, name, theirs, mine in reversed(undone):
         if namespace.get(name) is mine:
             namespace[name] = theirs
-    _bindings.clear()
+    if first:
+        return
+    ours = {id(mine): (mine, theirs) for _, _, theirs, mine in undone}
+    sources = {namespace.get("__name__") for namespace, *_ in undone}
     for module, namespace in _namespaces():
         if module not in _seen and sources.intersection(_imports(module)):
             for name, value in list(namespace.items()):

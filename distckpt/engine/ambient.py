@@ -1,7 +1,8 @@
 """Ambient state that an operator reads besides its arguments, taken at record and re-entered for replay.
 
-Default dtype, deterministic flags, attention backend choice, autocast of every device type in use, and the device
-context. ContextVars travel with the region's own copy of the context; grad mode is always on in a replay.
+Default dtype, deterministic flags, attention backend choice, autocast of every device type in use, the device context,
+and whether ``torch.fx`` traces. ContextVars travel with the region's own copy of the context; grad mode is always on in
+a replay.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ from distckpt_backends import live
 
 from distckpt._torch import (
     autocast_nesting,
+    deterministic_algorithms,
+    deterministic_warn_only,
     device_context,
     function_mode_depth,
+    fx_tracing,
     is_any_autocast_enabled,
     sdp_readers,
+    set_fx_tracing,
     set_sdp_priority,
     set_sdp_state,
 )
 
 _default_dtype = torch.get_default_dtype
-_deterministic = torch._C._get_deterministic_algorithms
-_warn_only = torch._C._get_deterministic_algorithms_warn_only
 _flash, _efficient, _math, _cudnn, _priority = sdp_readers()
 
 # What an inner `torch.autocast(kind)` without a dtype uses when no autocast is on around it.
@@ -38,8 +41,8 @@ def snapshot() -> Ambient:
     """The ambient state now; equal tuples mean equal state."""
     return (
         _default_dtype(),
-        _deterministic(),
-        _warn_only(),
+        deterministic_algorithms(),
+        deterministic_warn_only(),
         _flash(),
         _efficient(),
         _math(),
@@ -47,6 +50,7 @@ def snapshot() -> Ambient:
         _priority(),
         _autocast() if is_any_autocast_enabled() else None,
         device_context() if function_mode_depth() else None,
+        fx_tracing(),
     )
 
 
@@ -69,7 +73,22 @@ def entered(then: Ambient, now: Ambient) -> Iterator[None]:
             _set(then, now)
             yield
         finally:
+            put_back(then)
             _set(now, then)
+
+
+def put_back(state: Ambient) -> None:
+    """Undo what a function has set and not put back, because a replay stopped before its end."""
+    now = snapshot()
+    _set(state, now)
+    if now[8] != state[8]:
+        cache, kinds = _autocast()
+        wanted: Any = state[8] or (cache, tuple((k, False, _IDLE_DTYPE.get(k, d)) for k, _, d in kinds))
+        _set_autocast(*wanted)
+    if now[9] != state[9]:
+        torch.set_default_device(None)
+        if (device_context() if function_mode_depth() else None) != state[9]:
+            torch.set_default_device(state[9])
 
 
 def _set(to: Ambient, of: Ambient) -> None:
@@ -81,6 +100,8 @@ def _set(to: Ambient, of: Ambient) -> None:
         set_sdp_state(to[3:7])
     if to[7] != of[7]:
         set_sdp_priority(to[7])
+    if to[10] != of[10]:
+        set_fx_tracing(to[10])
 
 
 @contextlib.contextmanager

@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from types import CodeType
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from types import CodeType, NoneType
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
 
 import torch
 
 from distckpt._torch import skip_frame, torch_operator
+from distckpt.engine import misuse
 from distckpt.engine.call import run
-from distckpt.engine.errors import BadOption, OptionCollision
-from distckpt.engine.options import DEFAULT, Options, Partition
+from distckpt.engine.errors import BadOption, NotAFunction, OptionCollision
+from distckpt.engine.options import DEFAULT, ContextFn, DeterminismCheck, Options, Partition
 from distckpt.engine.reentrant import reentrant
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 OPTION_NAMES = frozenset(
@@ -35,23 +37,12 @@ OPTION_NAMES = frozenset(
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _collisions: dict[CodeType, frozenset[str]] = {}
-
-
-def _code(fn: Any) -> CodeType | None:
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    if isinstance(fn, torch.nn.Module):
-        fn = fn.forward
-    fn = getattr(fn, "__func__", fn)
-    code = getattr(fn, "__code__", None)
-    if code is None and not isinstance(fn, type):
-        code = getattr(type(fn).__call__, "__code__", None) if callable(fn) else None
-    return code
+_near_miss = misuse.near_misses(OPTION_NAMES)
 
 
 def parameters_that_collide(fn: Any) -> frozenset[str]:
     """Parameters of ``fn`` named like an option. Cached by code object: a call never takes a signature."""
-    code = _code(fn)
+    code = misuse.code_of(fn)
     if code is None:
         return frozenset()
     if _is_dynamo_compiling():  # it cannot guard a dictionary whose keys are code objects
@@ -63,7 +54,7 @@ def parameters_that_collide(fn: Any) -> frozenset[str]:
 
 
 def _options_among(code: CodeType) -> frozenset[str]:
-    return OPTION_NAMES.intersection(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+    return OPTION_NAMES.intersection(misuse.parameters(code))
 
 
 def split(fn: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -73,6 +64,8 @@ def split(fn: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
         OptionCollision: an option that ``fn`` takes as well.
     """
     options = {k: v for k, v in kwargs.items() if k in OPTION_NAMES}
+    if len(options) < len(kwargs) and not _is_dynamo_compiling():
+        misuse.warn_of_swallowed(fn, kwargs, _near_miss, stacklevel=4)
     if not options:
         return options, kwargs
     both = parameters_that_collide(fn).intersection(options)
@@ -108,10 +101,15 @@ def make_options(given: dict[str, Any]) -> tuple[Options, bool]:
         )
     for key in ("preserve_rng_state", "debug", "early_stop"):
         if key in given and not isinstance(given[key], bool):
-            raise BadOption(f"{key} is True or False, not {given[key]!r}")
+            raise BadOption(f"{key} is True or False, not {given[key]!r}", fix="leave it out for the default")
+    if not isinstance(given.get("name"), (str, NoneType)):
+        raise BadOption(
+            f"name is a text, not {given['name']!r}", fix='name="block 3": what errors call the region'
+        )
     if given.get("context_fn") is not None and not callable(given["context_fn"]):
         raise BadOption(
-            f"context_fn is a function that returns two context managers, not a {type(given['context_fn']).__name__}"
+            f"context_fn is a function that returns two context managers, not a {type(given['context_fn']).__name__}",
+            fix="context_fn=functools.partial(dc.create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])",
         )
     if use_reentrant:
         extra = [
@@ -155,17 +153,25 @@ class Checkpointed:
 
 
 def _decorator(given: dict[str, Any]) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    unknown = sorted(set(given) - OPTION_NAMES)
+    unknown = set(given) - OPTION_NAMES
     if unknown:
-        raise BadOption(
-            f"dc.checkpoint has no option {', '.join(unknown)}",
-            fix=f"options: {', '.join(sorted(OPTION_NAMES))}",
-        )
+        raise misuse.unknown_option("dc.checkpoint", unknown, OPTION_NAMES)
     make_options(given)  # complain here, not at the first call
-    return lambda fn: Checkpointed(fn, given)
+
+    def decorate(fn: Callable[..., T]) -> Callable[..., T]:
+        if misuse.is_lazy_function(fn):
+            raise misuse.lazy(fn.__qualname__)
+        return Checkpointed(fn, given)
+
+    return decorate
 
 
 if TYPE_CHECKING:
+
+    class Decorator(Protocol):
+        """What ``dc.checkpoint(**options)`` returns: the function's parameters and result stay."""
+
+        def __call__(self, function: Callable[P, T], /) -> Callable[P, T]: ...
 
     @overload
     def checkpoint(
@@ -173,8 +179,8 @@ if TYPE_CHECKING:
         *args: Any,
         use_reentrant: bool = False,
         preserve_rng_state: bool = True,
-        context_fn: Any = None,
-        determinism_check: str = "default",
+        context_fn: ContextFn | None = None,
+        determinism_check: DeterminismCheck = "default",
         debug: bool = False,
         early_stop: bool = True,
         respect_saved_tensors_hooks: bool | None = None,
@@ -190,22 +196,23 @@ if TYPE_CHECKING:
         *,
         use_reentrant: bool = False,
         preserve_rng_state: bool = True,
-        context_fn: Any = None,
-        determinism_check: str = "default",
+        context_fn: ContextFn | None = None,
+        determinism_check: DeterminismCheck = "default",
         debug: bool = False,
         early_stop: bool = True,
         respect_saved_tensors_hooks: bool | None = None,
         policy: None = None,
         name: str | None = None,
         partition: Partition | None = None,
-    ) -> Callable[[Callable[..., T]], Callable[..., T]]: ...
+    ) -> Decorator: ...
 
 
 def checkpoint(function: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Run ``function(*args, **kwargs)`` as a region: recompute its activations in backward instead of storing them.
 
-    ``dc.checkpoint(fn, x, key=value)`` runs at once. Without a function it returns a decorator:
-    ``dc.checkpoint(determinism_check="bitwise")(fn)``; then the options cannot collide with ``fn``'s own names.
+    ``dc.checkpoint(fn, x, key=value)`` runs at once, and so does ``dc.checkpoint(fn)``. Without a function it returns
+    a decorator: ``@dc.checkpoint()`` or ``dc.checkpoint(determinism_check="bitwise")(fn)``; then the options cannot
+    collide with ``fn``'s own names.
 
     Args:
         function: what to run. Tensors in its arguments, also in containers and partials, are the region's inputs.
@@ -229,15 +236,23 @@ def checkpoint(function: Any = None, *args: Any, **kwargs: Any) -> Any:
     Raises:
         OptionCollision: an option that ``function`` takes as well (DC108).
         BadOption: an unknown or impossible option value (DC109).
+        NotAFunction: what should run cannot be called (DC136).
+        NeedsArguments: ``dc.checkpoint(fn)``, which runs ``fn()``, and ``fn`` needs arguments (DC137).
+        LazyFunction: a generator function or a coroutine function (DC138).
         MixedDeviceTypes, UnstashedDraw, LateDevice: random state that could not be replayed (DC105 to DC107).
         CheckpointError: in backward, when the replay is not the same computation (DC101 to DC104, DC111 to DC114).
     """
     if function is None and not args:
         return _decorator(kwargs)
-    if not kwargs:
-        return run(function, args, kwargs, DEFAULT)
-    given, kwargs = split(function, kwargs)
-    return _call(function, args, kwargs, given)
+    try:
+        if not kwargs:
+            return run(function, args, kwargs, DEFAULT)
+        given, kwargs = split(function, kwargs)
+        return _call(function, args, kwargs, given)
+    except TypeError as error:
+        if (better := misuse.explain(function, args, kwargs, error, OPTION_NAMES)) is None:
+            raise
+        raise better from error
 
 
 skip_frame(checkpoint)
@@ -293,10 +308,23 @@ def checkpoint_sequential(functions: Any, segments: int, input: Any, **options: 
 
     Raises:
         BadOption: an unknown option, or a number of segments that the sequence cannot be cut into.
+        NotAFunction: ``functions`` is no sequence.
     """
-    unknown = sorted(set(options) - OPTION_NAMES)
+    unknown = set(options) - OPTION_NAMES
     if unknown:
-        raise BadOption(f"checkpoint_sequential has no option {', '.join(unknown)}")
+        raise misuse.unknown_option("dc.checkpoint_sequential", unknown, OPTION_NAMES)
+    if not isinstance(functions, (torch.nn.Sequential, torch.nn.ModuleList, Sequence)) or isinstance(
+        functions, str
+    ):
+        raise NotAFunction(
+            f"checkpoint_sequential runs an nn.Sequential or a sequence of functions, not a {type(functions).__name__}",
+            fix="dc.checkpoint_sequential(layers, segments, x); dc.checkpoint(fn, x) runs one function",
+        )
+    if isinstance(segments, bool) or not isinstance(segments, int):
+        raise BadOption(
+            f"segments is a whole number, not {segments!r}",
+            fix=f"dc.checkpoint_sequential(functions, {min(2, max(len(functions), 1))}, x)",
+        )
     if not 1 <= segments <= max(len(functions), 1):
         raise BadOption(
             f"cannot cut {len(functions)} functions into {segments} segments",

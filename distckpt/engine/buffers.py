@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 from torch.nn import Module
-from torch.nn.modules.batchnorm import _NormBase
 
-from distckpt._torch import dispatch_mode_is_on, preserve_versions, without_dispatch_modes
+from distckpt._torch import BatchNorm, dispatch_mode_is_on, preserve_versions, without_dispatch_modes
 from distckpt.engine.errors import BufferChanged
 
 _PLAIN = frozenset({int, float, str, bool, type(None), torch.Tensor})
@@ -144,7 +143,7 @@ class _Entry:
         self.key = key
         self.tensor = tensor
         self.version = tensor._version
-        self.statistic = isinstance(owner, _NormBase) and owner.training
+        self.statistic = isinstance(owner, BatchNorm) and owner.training
         keep = self.statistic or tensor.numel() <= _SMALL or key in _known_to_change.get(owner, ())
         self.before = tensor.detach().clone() if keep else None
 

@@ -11,19 +11,19 @@ if TYPE_CHECKING:
     from distckpt.engine.region import Region
 
 
+def _bound(context: Any, region: Region) -> Any:
+    # Selective contexts of ours ask the region about its flavour, its generators and the user's hooks.
+    bind = getattr(context, "bind_region", None)
+    return context if bind is None else bind(region)
+
+
 class Contexts:
     """Forward and recompute context of one region."""
 
     def __init__(self, make: ContextFn | None, region: Region) -> None:
         pair = make() if make is not None else (contextlib.nullcontext(), contextlib.nullcontext())
-        self._forward: Any
-        self._forward, self._replay = pair
+        self._forward, self._replay = (_bound(context, region) for context in pair)
         self._log = region.log
-        # Selective contexts of ours ask the region about its flavour, its generators and the user's hooks.
-        for context in pair:
-            bind = getattr(context, "bind_region", None)
-            if bind is not None:
-                bind(region)
         self._entered: contextlib.ExitStack | None = None
 
     def enter_forward(self) -> None:

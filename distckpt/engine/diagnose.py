@@ -105,7 +105,9 @@ def _run_again(r: Region, as_replay: bool) -> tuple[list[Entry], list[int]]:
         saves.append(len(log.entries))
         return x.detach()
 
-    def run(r: Region, fn: Any, args: list[Any], kwargs: dict[str, Any], draws: Any, mismatch: Any) -> None:
+    def run(
+        r: Region, fn: Any, args: list[Any], kwargs: dict[str, Any], generators: Any, mismatch: Any
+    ) -> bool:
         frame, replaying = here.frame, here.replaying
         assert frame is not None  # this replay's own
         if as_replay:
@@ -122,6 +124,7 @@ def _run_again(r: Region, as_replay: bool) -> tuple[list[Entry], list[int]]:
             pop_saved_tensors_hooks()
             set_grad_enabled(grad)
             here.frame, here.replaying = frame, replaying
+        return False
 
     replay(r, run)
     return log.entries, saves

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt._torch import current_node
 from distckpt.engine.state import here
+from distckpt.engine.turns import waiting_for
 
 if TYPE_CHECKING:
     from distckpt.engine.region import Region
@@ -45,7 +46,7 @@ def settle(region: Region, slot: Slot, doubtful: Doubtful) -> Any:
         return doubtful.value
     from distckpt.engine.replay import replay
 
-    with region.lock:
+    with waiting_for(region.lock):
         region.early_stop = False
         settling, here.settling = here.settling, region
         try:

@@ -114,6 +114,36 @@ class StreamError(DistckptError, ValueError):
     code = "DC116"
 
 
+class ScriptMismatch(ReplayError):
+    """TorchScript ran another graph in the replay than in the forward."""
+
+    code = "DC128"
+
+
+class NotAFunction(DistckptError, TypeError):
+    """What was to run as a region cannot be called: None, a tensor, a list of layers."""
+
+    code = "DC136"
+
+
+class NeedsArguments(DistckptError, TypeError):
+    """A function was given alone, which runs it, and it needs arguments."""
+
+    code = "DC137"
+
+
+class LazyFunction(DistckptError, TypeError):
+    """A generator function or a coroutine function, which would run after its region has ended."""
+
+    code = "DC138"
+
+
+class BatchedReplay(ReplayError):
+    """A replay under ``vmap`` failed: its forward ran under another one, or it draws random numbers."""
+
+    code = "DC129"
+
+
 class ScannedRegion(DistckptError, ValueError):
     """A region in a layer that torch_xla's scan traces asks for what only a replay could do."""
 

@@ -17,6 +17,7 @@ import torch
 from distckpt._torch import without_dispatch_modes
 from distckpt.engine import errors
 from distckpt.engine.inputs import tensors
+from distckpt.engine.scripted import nodes, optimised
 
 if TYPE_CHECKING:
     from distckpt.engine.region import Region
@@ -54,6 +55,7 @@ class Mismatch:
     metas: list[tuple[int, Any, Any]] | None = None
     drawn: list[str] | None = None
     value_positions: list[int] | None = None
+    script = False
 
     def __init__(self, region: Region, call: Any) -> None:
         self.region = region
@@ -83,10 +85,17 @@ class Mismatch:
         self.count = i
         self.found = True
 
-    def drew(self, pending: list[Any]) -> None:
-        """Some streams did not end where the forward ended."""
-        if pending:
-            self.drawn = [draw.stream.name for draw in pending]
+    def drew(self, astray: list[str]) -> None:
+        """These streams did not end where the forward ended."""
+        if astray:
+            self.drawn = astray
+            self.found = True
+
+    def made(self, out: Any) -> None:
+        """In a thread that runs TorchScript: the replay ended with ``out``."""
+        found = nodes(out, tensors(self.call))
+        if found != self.region.nodes:
+            self.script = True
             self.found = True
 
     def values(self, positions: list[int]) -> None:
@@ -115,6 +124,10 @@ class Mismatch:
                 f"the replay drew another number of random values on {', '.join(self.drawn)} than the forward"
             )
             self._raise(errors.DrawMismatch, text, "it took another path through the function")
+        if self.script:
+            from distckpt.engine.region import describe
+
+            raise optimised(describe(r.fn, r.options))
         text = f"recomputed values differ from the forward's at positions {self.value_positions}"
         self._raise(
             errors.ValueMismatch, text, "the function depends on state that changed since the forward"

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distckpt._torch import dispatch_mode_is_on, without_dispatch_modes
 from distckpt.engine.doubt import Doubtful, settle
+from distckpt.engine.turns import waiting_for
 
 if TYPE_CHECKING:
     from distckpt.engine.region import Region
@@ -39,7 +40,7 @@ def other_way(region: Region, slot: Slot) -> Any:
     """The value of ``slot`` from a replay under a dispatch mode if none is on, and under none if one is."""
     from distckpt.engine.replay import replay
 
-    with region.lock, without_dispatch_modes() if dispatch_mode_is_on() else _Idle():
+    with waiting_for(region.lock), without_dispatch_modes() if dispatch_mode_is_on() else _Idle():
         value = None
         while value is None:  # another thread may take it first
             replay(region)

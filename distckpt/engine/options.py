@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from distckpt.engine.errors import BadOption
 
@@ -22,7 +22,8 @@ class Partition(Protocol):
 
 ContextFn = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
-CHECKS = ("none", "default", "fingerprint", "bitwise")
+DeterminismCheck = Literal["none", "default", "fingerprint", "bitwise"]
+CHECKS: tuple[DeterminismCheck, ...] = ("none", "default", "fingerprint", "bitwise")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -6,13 +6,15 @@ differs. A pinned value is kept by every region around it and handed back in the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch.utils._pytree import tree_map
 
+from distckpt._torch import open_node
 from distckpt.engine.errors import PinMismatch
-from distckpt.engine.state import Frame, here
+from distckpt.engine.state import Frame, here, refuse
+
+T = TypeVar("T")
 
 
 class _Kept:
@@ -20,7 +22,11 @@ class _Kept:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor.detach()
-        self.version = tensor._version
+        self.version = _version(tensor)
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version  # an inference tensor counts no changes
 
 
 class _Replace(torch.autograd.Function):
@@ -35,7 +41,7 @@ class _Replace(torch.autograd.Function):
         return grads[0], None
 
 
-def pin(value: Any) -> Any:
+def pin(value: T) -> T:
     """Return ``value``; inside a region, the value of the first forward in every replay.
 
     Args:
@@ -58,7 +64,7 @@ def pin(value: Any) -> Any:
     if frame is not None:
         value = _recall(frame, value)
     if recording:
-        kept = tree_map(lambda v: _Kept(v) if isinstance(v, torch.Tensor) else v, value)
+        kept = _keep(value)
         for region in recording:  # an outer region must also replay it, when it records the inner one again
             if region.pins is None:
                 region.pins = []
@@ -67,25 +73,61 @@ def pin(value: Any) -> Any:
 
 
 def _recall(frame: Frame, computed: Any) -> Any:
-    pins = frame.region.pins or ()
+    region = frame.region
+    pins = region.pins or ()
     index = frame.pins
     if index >= len(pins):
-        if not frame.region.closed:
+        if not region.closed:
             return computed
-        raise PinMismatch(
-            f"the replay pins value number {index + 1}, but the forward pinned {len(pins)}",
-            why="the replay took another path than the forward",
-            fix="pin the value that decides the path, before it is used",
+        refuse(
+            region,
+            PinMismatch(
+                f"the replay pins value number {index + 1}, but the forward pinned {len(pins)}",
+                why="the replay took another path than the forward",
+                fix="pin the value that decides the path, before it is used",
+            ),
         )
     frame.pins = index + 1
-    return tree_map(_restore, pins[index], computed, is_leaf=lambda v: isinstance(v, _Kept))
+    try:
+        return _restore(pins[index], computed)
+    except PinMismatch as error:
+        refuse(region, error)
+
+
+# Not torch's pytree: its closures are cycles, which hold their leaves until the collector runs.
+
+
+def _keep(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return _Kept(value)
+    opened = open_node(value)
+    if opened is None:
+        return value
+    parts, rebuild = opened
+    return rebuild([_keep(part) for part in parts])
 
 
 def _restore(kept: Any, computed: Any) -> Any:
-    if not isinstance(kept, _Kept):
+    if type(kept) is _Kept:
+        return _restore_tensor(kept, computed)
+    opened = open_node(kept)
+    if opened is None:
         return kept
+    parts, rebuild = opened
+    beside = open_node(computed)
+    if type(kept) is not type(computed) or beside is None or len(beside[0]) != len(parts):
+        raise PinMismatch(
+            f"the replay pins a {type(computed).__name__} where the forward pinned a {type(kept).__name__}, "
+            "or one of another length",
+            why="the replay took another path than the forward",
+            fix="pin the value that decides the path, before it is used",
+        )
+    return rebuild([_restore(a, b) for a, b in zip(parts, beside[0], strict=True)])
+
+
+def _restore_tensor(kept: _Kept, computed: Any) -> torch.Tensor:
     tensor = kept.tensor
-    if tensor._version != kept.version:
+    if _version(tensor) != kept.version:
         raise PinMismatch(
             f"a pinned {tensor.dtype} tensor of shape {tuple(tensor.shape)} was changed in place after dc.pin()",
             fix="clone the pinned value before changing it",

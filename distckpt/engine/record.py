@@ -16,14 +16,17 @@ from distckpt_backends import live
 from distckpt._torch import (
     call_without_dynamo,
     dynamo_callback,
+    last_script,
     make_saved_tensor,
     pop_saved_tensors_hooks,
     push_saved_tensors_hooks,
+    script_optimizes,
+    set_script_optimizes,
     skip_frame,
     top_saved_tensors_hooks,
     traced_graph,
 )
-from distckpt.engine import ambient, buffers, inputs, rng, sessions, streams, switches
+from distckpt.engine import ambient, buffers, inputs, misuse, rng, sessions, streams, switches
 from distckpt.engine.barrier import Tie
 from distckpt.engine.devices import choose, current_rule, device_types, stashed_backends
 from distckpt.engine.errors import LateDevice, SuppressedException, UnstashedDraw
@@ -133,6 +136,9 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
             _leave_forward_context(r, None)
         raise
     here.frame = r
+    r.pauses_script = script_optimizes()
+    if r.pauses_script:
+        set_script_optimizes(False)  # see Note [TorchScript] in scripted.py
     return r
 
 
@@ -204,12 +210,15 @@ def close_region(r: Region, out: Any) -> None:
         UnstashedDraw: random numbers were drawn on a device that the region does not stash.
         LateDevice: a device type came up inside the region.
         BufferChanged: a large buffer changed for the first time.
+        LazyFunction: it returned a generator or a coroutine, which has not run yet.
         ScannedRegion, ScannedDropout: in a traced graph, a value was pinned or the fused dropout used.
     """
     pop_saved_tensors_hooks()
     here.frame = r.outer
     r.outer = None
     r.closed = True
+    if r.pauses_script:
+        set_script_optimizes(True)
     if r.log is not None or r.replay_context is not None:
         _leave_forward_context(r, None)
     before = r.rng_before
@@ -228,11 +237,15 @@ def close_region(r: Region, out: Any) -> None:
         r.buffers = r.buffers.changes(describe(r.fn, r.options))
     if r.verifier is not None:
         r.verifier.seal(r.buffers)
+    if not r.refs and type(out) in misuse.LAZY and r.options.strict:
+        raise misuse.lazy(describe(r.fn, r.options), out)
     if r.tie is not None:
         r.tie.refuse_loop(r.draws, out)
         r.tie.attach(out)
     elif r.traced is not None:
         r.traced.seal(r.pins)
+    if last_script() is not None:
+        _remember_nodes(r, out)
 
 
 def abort_region(r: Region, error: BaseException) -> None:
@@ -240,8 +253,17 @@ def abort_region(r: Region, error: BaseException) -> None:
     pop_saved_tensors_hooks()
     here.frame = r.outer
     r.outer = None
+    if r.pauses_script:
+        set_script_optimizes(True)
     if r.log is not None or r.replay_context is not None:
         _leave_forward_context(r, error)
+
+
+def _remember_nodes(r: Region, out: Any) -> None:
+    from distckpt.engine.scripted import nodes
+
+    r.nodes = nodes(out, tensors(inputs.give_back([r.fn, r.args, r.kwargs], "inputs")))
+    r.early_stop = False
 
 
 def _close_stash(r: Region, stash: rng.Stash) -> None:

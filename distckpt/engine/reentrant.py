@@ -29,6 +29,7 @@ from distckpt.engine.record import abort_region, close_region, open_region
 from distckpt.engine.region import Region
 from distckpt.engine.replay import replay, stays
 from distckpt.engine.state import here
+from distckpt.engine.turns import waiting_for
 
 
 def detach_variable(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -134,15 +135,18 @@ def _forward(fn: Any, args: tuple[Any, ...], options: Options) -> tuple[Region, 
 def _recompute(region: Region, inputs: tuple[Any, ...]) -> Any:
     outputs: list[Any] = []
 
-    def run(r: Region, fn: Any, args: list[Any], kwargs: dict[str, Any], draws: Any, mismatch: Any) -> None:
+    def run(
+        r: Region, fn: Any, args: list[Any], kwargs: dict[str, Any], generators: Any, mismatch: Any
+    ) -> bool:
         here.replaying += 1
         try:
             with torch.enable_grad():
                 outputs.append(r.context.copy().run(fn, *inputs))
         finally:
             here.replaying -= 1
+        return False
 
-    with region.lock:
+    with waiting_for(region.lock):
         try:
             replay(region, run)
         except Exception as error:

@@ -23,13 +23,16 @@ from distckpt._torch import (
 from distckpt.engine import ambient, rng, sessions
 from distckpt.engine.barrier import Tie
 from distckpt.engine.doubt import Doubtful, settle
+from distckpt.engine.errors import BatchedReplay
 from distckpt.engine.events import failed
 from distckpt.engine.mismatch import mutated
 from distckpt.engine.modes import other_way
 from distckpt.engine.options import Options
-from distckpt.engine.replay import replay
+from distckpt.engine.replay import last_living, replay
 from distckpt.engine.slot import Slot
 from distckpt.engine.traced import Traced
+from distckpt.engine.turns import owners as turns
+from distckpt.engine.turns import waiting_for
 from distckpt.engine.verify import Verifier
 
 _ref = weakref.ref
@@ -59,6 +62,7 @@ class Region:
     )
     idle: list[rng.Draw] | None = None  # other streams that are where they were
     pins: list[Any] | None = None
+    kept: Any = None  # what selective contexts keep for it
     session: sessions.Session | None = None
     inner = False  # in a session: whether the record lies in that of another region
     backward: Any = None  # the graph task or session of the last replay
@@ -69,6 +73,8 @@ class Region:
     traced: Traced | None = (
         None  # inside a graph that is being traced: nothing is dropped here, nothing replayed
     )
+    pauses_script = False  # while it is recorded: TorchScript optimises outside of it
+    nodes: Any = None  # in a thread that runs TorchScript: what autograd nodes the record made
     marks: Any = None  # under the user's hooks: what the inputs were, since autograd then checks no versions
 
     @opaque_to_dynamo
@@ -109,7 +115,7 @@ class Region:
         return self.unpack(slot)
 
     def _replay_for(self, slot: Slot) -> Any:
-        with self.lock:
+        with self.lock if not turns else waiting_for(self.lock):
             value = slot.value  # another device thread may have replayed while this one waited
             while value is None:  # or have taken the value right after this one replayed
                 self.replay()
@@ -133,6 +139,10 @@ class Region:
         try:
             replay(self)
         except Exception as error:
+            if type(error) is RuntimeError and "vmap" in str(error) and self.options.strict:
+                batched = _batched(self, error)
+                failed(self, batched)
+                raise batched from error
             failed(self, error)
             raise
         self.backward = task if current is None else current
@@ -140,6 +150,11 @@ class Region:
             self.session.replayed(self)
         elif current is None and task != -1 and len(self.refs) > 1:  # a single value is taken at once
             queue_callback(partial(_end_of_backward, _ref(self)))
+
+    def reach(self) -> int:
+        """A replay that stops early reaches no operator that ran after this many saves of the record."""
+        living = last_living(self.refs) if self.options.strict else len(self.refs)
+        return living if living == len(self.refs) else living + 1
 
     def living(self) -> list[Slot]:
         """The slots that autograd still holds."""
@@ -151,7 +166,7 @@ class Region:
         Raises:
             CheckpointError: the replay does not match the forward.
         """
-        with self.lock:
+        with self.lock if not turns else waiting_for(self.lock):
             empty = any(slot.value is None for slot in self.living())
             if empty:
                 self.replay()
@@ -170,6 +185,15 @@ def _end_of_backward(ref: weakref.ref[Region]) -> None:
     region = ref()
     if region is not None and region.session is None:
         region.clear()
+
+
+def _batched(region: Region, error: Exception) -> BatchedReplay:
+    return BatchedReplay(
+        "vmap does not go through the replay of a region",
+        where=describe(region.fn, region.options),
+        why=str(error).split(". ")[0],
+        fix="take single gradients instead of batched ones, and call the function plainly inside of vmap",
+    )
 
 
 def owner(region: Region) -> tuple[torch.nn.Module | None, bool]:

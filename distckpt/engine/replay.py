@@ -6,6 +6,7 @@ Note [Early stop]
     ``except`` does, every further save raises it again and a normal return is accepted, since every slot is
     full by then. When the last slots are dead it stops at the first save after the last living one, since only then
     the operator that saved that one has certainly finished. At the very last slot see Note [Doubt] in ``doubt.py``.
+    Where a generator is still on its way it runs on, see Note [Where the forward ended] in ``rng.py``.
 
 Note [What a slot is given]
     An intermediate value as it is. Its recomputed graph stays alive with it, but holds no tensors: what that graph
@@ -28,7 +29,9 @@ from distckpt._torch import (
     dynamo_callback,
     pop_saved_tensors_hooks,
     push_saved_tensors_hooks,
+    script_optimizes,
     set_grad_enabled,
+    set_script_optimizes,
 )
 from distckpt.engine import ambient, rng
 from distckpt.engine.doubt import doubt
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
     from distckpt.engine.region import Region
 
 _Parameter = torch.nn.Parameter
-cpu_fingerprint = rng.cpu_fingerprint
+cpu_drawn_since = rng.cpu_drawn_since
 
 
 class Stop(BaseException):
@@ -84,7 +87,8 @@ def is_engine_hook(pair: tuple[Any, Any]) -> bool:
     return str(getattr(pair[1], "__module__", "")).startswith("distckpt.engine.")
 
 
-def _last_living(refs: list[Any]) -> int:
+def last_living(refs: list[Any]) -> int:
+    """How many saves there were up to the last one whose slot still lives."""
     n = len(refs)
     while n and refs[n - 1]() is None:
         n -= 1
@@ -98,12 +102,25 @@ def replay(r: Region, run: Any = None) -> None:
         CheckpointError: the run did not match the record; the slots are left empty.
         InputChanged: an owned input was changed in place since.
     """
-    frame = here.frame
-    here.frame = Frame(r, frame)  # already now: a user's unpack hook is no part of what runs around
+    outer = here.frame
+    here.frame = frame = Frame(r, outer)  # already now: a user's unpack hook is no part of what runs around
+    pauses_script = r.nodes is not None and script_optimizes()
+    if pauses_script:
+        set_script_optimizes(False)  # see Note [TorchScript] in scripted.py
     try:
         _replay(r, run or _run)
+    except BaseException as raised:
+        if frame.refused is None:
+            raise
+        r.clear()
+        raise frame.refused.with_traceback(raised.__traceback__) from None
     finally:
-        here.frame = frame
+        here.frame = outer
+        if pauses_script:
+            set_script_optimizes(True)
+    if frame.refused is not None:  # a bare `except` of the function's took it for one of its own
+        r.clear()
+        raise frame.refused
 
 
 def _replay(r: Region, run: Any) -> None:
@@ -126,30 +143,36 @@ def _replay(r: Region, run: Any) -> None:
     counters.replays += 1
     if r.tie is not None:
         fn, args, kwargs = r.tie.bind(fn, args, kwargs)
-    draws = r.draws if r.closed else rng.so_far(r.rng_before, r.stash)
-    held = rng.rewind(draws) if draws else None
-    idle = r.idle_cpu
-    if r.idle is not None or (idle is not None and cpu_fingerprint() != idle.fingerprint):
-        held = [*(held or ()), *rng.rewind_idle(idle, r.idle)]
-    now = ambient.snapshot()
     mismatch = Mismatch(r, (fn, args, kwargs))
+    now = ambient.snapshot()
+    draws = r.draws if r.closed else rng.so_far(r.rng_before, r.stash)
+    generators: Any = r.idle_cpu
+    rewound = (
+        draws or r.idle is not None or (generators is not None and cpu_drawn_since(generators.fingerprint))
+    )
+    if rewound:
+        generators = rng.Rewound(draws, generators, r.idle)
     if now == r.ambient and r.replay_context is None and r.buffers is None:
+        stopped: Any = False
         try:
-            run(r, fn, args, kwargs, draws, mismatch)
+            stopped = run(r, fn, args, kwargs, generators, mismatch)
         finally:
-            if held:
-                rng.put_back(held)
+            if generators is not None and (rewound or not stopped):
+                generators.give_back()
+            # a function that sets a state and puts it back at its end has not got there
+            if ambient.snapshot() != now:
+                ambient.put_back(now)
     else:
         with contextlib.ExitStack() as stack:
-            if held:
-                stack.callback(rng.put_back, held)
+            if generators is not None:
+                stack.callback(generators.give_back)
             if r.buffers is not None:
                 stack.enter_context(r.buffers.rewound())
             if now != r.ambient:
                 stack.enter_context(ambient.entered(r.ambient, now))
             if r.replay_context is not None:
                 stack.enter_context(r.replay_context.replaying())
-            run(r, fn, args, kwargs, draws, mismatch)
+            run(r, fn, args, kwargs, generators, mismatch)
     if started is not None:
         # What a user's hook handed out, the next replay is handed too: it must find it unwritten.
         check_marks(started, owned)
@@ -163,19 +186,20 @@ def _run(
     fn: Any,
     args: list[Any],
     kwargs: dict[str, Any],
-    draws: list[rng.Draw] | None,
+    generators: Any,
     mismatch: Mismatch,
-) -> None:
+) -> bool:
+    """Fill the slots of ``r``. Whether it stopped early, with every generator where it may be left."""
     refs, closed = r.refs, r.closed
     # An unfinished record (a gradient is taken inside it) is never replayed past where it stands: what comes next would
     # happen twice. A value check wants every operator finished.
     # While it is settled its last operator must finish, and nothing after it may run.
     settling = here.settling is r and not closed
     early = not settling and (not closed or (r.early_stop and r.verifier is None))
-    wanted = _last_living(refs) if early and r.options.strict else len(refs)
+    wanted = last_living(refs) if early and r.options.strict else len(refs)
     last = refs[-1] if early and refs else None
     beyond_wanted = refs[wanted] if wanted < len(refs) else None
-    stopped = False
+    stopped = early_end = False
     suspects: list[Any] = []
     rest: Any = iter(refs)
     check = r.options.determinism_check != "none"
@@ -183,12 +207,15 @@ def _run(
     detach = r.replay_context is not None and not r.options.strict
 
     def pack(x: torch.Tensor) -> Any:
-        nonlocal stopped
+        nonlocal stopped, early_end, last, beyond_wanted
         ref = next(rest, None)
         if ref is None:
             return beyond(x)
         if ref is beyond_wanted:
-            raise Stop
+            if generators is None or not closed or early_end or generators.at_rest():
+                early_end = True
+                raise Stop
+            last = beyond_wanted = None
         slot = ref()
         if slot is None:  # this part of the graph is gone; only the recomputed graph may need the value
             saved = x.detach() if x.requires_grad else x
@@ -205,8 +232,8 @@ def _run(
                 x = x.detach()
             slot.value = x
             saved = ref
-        if ref is last:
-            stopped = True
+        if ref is last and (generators is None or not closed or generators.at_rest()):
+            stopped = early_end = True
             raise Stop
         return saved
 
@@ -222,10 +249,14 @@ def _run(
     grad = torch.is_grad_enabled()
     set_grad_enabled(True)
     push_saved_tensors_hooks(pack, _until_the_end(rest) if settling else _from_slot)
+    out: Any = None
     try:
-        r.context.copy().run(fn, *args, **kwargs)
+        out = r.context.copy().run(fn, *args, **kwargs)
     except Stop:
         pass
+    except RuntimeError:  # a scripted function turns the stop that passes it into one
+        if not early_end:
+            raise
     finally:
         pop_saved_tensors_hooks()
         set_grad_enabled(grad)
@@ -237,7 +268,10 @@ def _run(
         if stopped:
             doubt(suspects, refs[-2:])
         suspects.clear()  # the recomputed graph holds `pack`, and with it this list
-    if not stopped and not early and closed and draws and r.options.strict and not mismatch.found:
-        mismatch.drew(rng.pending(draws))
+    if closed and generators is not None and not early_end and r.options.strict and not mismatch.found:
+        mismatch.drew(generators.astray())
+    if r.nodes is not None and not early_end and not mismatch.found:
+        mismatch.made(out)
     if r.verifier is not None and not stopped:
         r.verifier.compare(refs, r.buffers, mismatch)
+    return early_end

@@ -8,25 +8,34 @@ Note [What is stashed]
     from it since.
 
 Note [Where the forward ended]
-    The state after the forward is kept for what moved: a replay that ran to its end and left a generator somewhere
-    else drew another number of values, so it is not the same computation.
+    The state after the forward is kept for what moved. A replay may stop early where every generator that it drew
+    from is in that state, and every other is where it began. Elsewhere it runs on to its end: random numbers may follow
+    the last saved tensor, and a function that puts a state back itself does so there. At the end a generator that it
+    drew from must be where the forward left it, or it drew another number of values and is not the same computation.
+    A replay that left a generator alone cannot have got wrong numbers from it, whatever the forward did (a lazy module
+    makes its parameters in its first call only). A generator that the forward did not move may have been moved by
+    another thread meanwhile, so it is only called a difference, and put back, where there is no other thread.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from typing import Any
 
 import torch
 from distckpt_backends import Backend, cpu, get, live
 
+from distckpt._torch import dispatch_mode_is_on, without_dispatch_modes
 from distckpt.engine import streams
 from distckpt.engine.state import here
+from distckpt.engine.turns import Turn
 
 CPU: Any = get("cpu")
 CPU_DEVICE = torch.device("cpu")
 cpu_stash = CPU.rng_stash
 cpu_moved = CPU.rng_moved
-cpu_fingerprint = cpu.fingerprint
+cpu_drawn_since = cpu.drawn_since
 
 
 class Generator:
@@ -67,7 +76,25 @@ class DeferredGenerator(Generator):
         self.backend.rng_take_back(self.device, state)
 
 
-_CPU_STREAM: Any = Generator(CPU, CPU_DEVICE)
+class CpuGenerator(Generator):
+    """The CPU's generator. Its states carry a fingerprint, so that to compare with one is cheap."""
+
+    __slots__ = ()
+
+    def get_state(self) -> CpuState:
+        return CpuState()
+
+    def set_state(self, state: CpuState) -> None:
+        self.backend.rng_restore(self.device, state.state)
+
+    def moved(self, state: CpuState) -> bool:
+        return cpu_drawn_since(state.fingerprint) and cpu_moved(CPU_DEVICE, state.state)
+
+    lend = get_state
+    take_back = set_state
+
+
+_CPU_GENERATOR: Any = CpuGenerator(CPU, CPU_DEVICE)
 
 
 class Draw:
@@ -111,31 +138,46 @@ def _generators(backend: Backend) -> list[Generator]:
 
 
 class CpuState:
-    """The state of the CPU generator at one moment, and a fingerprint that is cheap to compare."""
+    """The state of the CPU generator at one moment, and a fingerprint that is cheap to compare.
+
+    For the replay of a region that has found it there, and moves no other generator, it answers as :class:`Rewound`.
+    """
 
     __slots__ = ("fingerprint", "state")
 
-    def __init__(self, fingerprint: bytes) -> None:
-        self.fingerprint = fingerprint
-        self.state = cpu_stash(CPU_DEVICE)
+    def __init__(self) -> None:
+        self.fingerprint = mark = cpu.fingerprint()
+        self.state = mark if isinstance(mark, torch.Tensor) else cpu_stash(CPU_DEVICE)
+
+    def at_rest(self) -> bool:
+        return not cpu_drawn_since(self.fingerprint)
+
+    def astray(self) -> list[str]:
+        return [_CPU_GENERATOR.name] if _alone() and _CPU_GENERATOR.moved(self) else []
+
+    def give_back(self) -> None:
+        if not self.at_rest() and self.astray():
+            _CPU_GENERATOR.set_state(self)
+
+
+def _alone() -> bool:
+    return threading.active_count() == 1
 
 
 def cpu_before() -> CpuState:
     """The CPU state now; the very object of the last region when nobody drew since, so that regions share it."""
     last = here.last_cpu_state
-    now = cpu_fingerprint()
-    if last is None or last.fingerprint != now:
-        here.last_cpu_state = last = CpuState(now)
+    if last is None or cpu_drawn_since(last.fingerprint):
+        here.last_cpu_state = last = CpuState()
     return last
 
 
 def cpu_draw(before: CpuState) -> Draw | None:
     """The CPU's draw since ``before``, or None."""
-    now = cpu_fingerprint()
-    if now == before.fingerprint or not cpu_moved(CPU_DEVICE, before.state):
+    if not _CPU_GENERATOR.moved(before):
         return None
-    here.last_cpu_state = after = CpuState(now)
-    return Draw(_CPU_STREAM, before.state, after.state)
+    here.last_cpu_state = after = CpuState()
+    return Draw(_CPU_GENERATOR, before, after)
 
 
 def newly_live(before: tuple[str, ...]) -> list[str]:
@@ -143,19 +185,79 @@ def newly_live(before: tuple[str, ...]) -> list[str]:
     return [b.device_type for b in live() if b.device_type not in before]
 
 
-def rewind_idle(cpu: CpuState | None, idle: list[Draw] | None) -> list[tuple[Any, Any]]:
-    """Of the streams that the forward did not move, put those back that are not where it began."""
-    elsewhere = [draw for draw in idle if draw.stream.moved(draw.before)] if idle else []
-    if cpu is not None and cpu_fingerprint() != cpu.fingerprint:
-        elsewhere.append(Draw(_CPU_STREAM, cpu.state, cpu.state))
-    return rewind(elsewhere) if elsewhere else []
+class Rewound:
+    """The generators of one replay, put where its forward began, until :meth:`give_back`."""
+
+    __slots__ = ("_draws", "_held", "_idle", "_turn")
+
+    def __init__(self, draws: list[Draw] | None, idle_cpu: CpuState | None, idle: list[Draw] | None) -> None:
+        self._draws = draws or []
+        self._idle = list(idle or ())
+        if idle_cpu is not None:
+            self._idle.append(Draw(_CPU_GENERATOR, idle_cpu, idle_cpu))
+        self._turn: Turn | None = None
+        self._held: list[tuple[Any, Any]] = []
+        moved = [draw for draw in self._idle if draw.stream.moved(draw.before)]
+        if not self._draws and not moved:
+            return
+        self._turn = Turn([draw.stream.name for draw in (*self._draws, *moved)])
+        try:
+            # Asked again: what looked moved may have been another replay's doing, which has put it back by now.
+            elsewhere = [*self._draws, *(draw for draw in moved if draw.stream.moved(draw.before))]
+            self._held = rewind(elsewhere) if elsewhere else []
+        except BaseException:
+            self._turn.end()
+            raise
+
+    def at_rest(self) -> bool:
+        """Whether the replay may stop here, see Note [Where the forward ended]."""
+        with _unseen():
+            return not _elsewhere(self._draws) and not any(d.stream.moved(d.before) for d in self._idle)
+
+    def astray(self) -> list[str]:
+        """The streams that a replay that has run to its end left somewhere else than the forward did."""
+        with _unseen():
+            found = _elsewhere(self._draws)
+            if _alone():
+                found += [d.stream.name for d in self._idle if d.stream.moved(d.before)]
+            return found
+
+    def give_back(self) -> None:
+        """Put every stream where it was found."""
+        try:
+            put_back(self._held)
+            if _alone():
+                held = [stream for stream, _ in self._held]
+                put_back(
+                    [
+                        (d.stream, d.before)
+                        for d in self._idle
+                        if d.stream not in held and d.stream.moved(d.before)
+                    ]
+                )
+        finally:
+            if self._turn is not None:
+                self._turn.end()
+
+
+def _elsewhere(draws: list[Draw]) -> list[str]:
+    return [d.stream.name for d in draws if d.stream.moved(d.after) and d.stream.moved(d.before)]
+
+
+def _unseen() -> contextlib.AbstractContextManager[Any]:
+    """A registered source may run operators to read its state; they are none of the region's."""
+    return without_dispatch_modes() if dispatch_mode_is_on() else contextlib.nullcontext()
 
 
 def rewind(draws: list[Draw]) -> list[tuple[Any, Any]]:
     """Put every stream where the forward began; returns what :func:`put_back` needs."""
     held = [(draw.stream, draw.stream.lend()) for draw in draws]
-    for draw in draws:
-        draw.stream.set_state(draw.before)
+    try:
+        for draw in draws:
+            draw.stream.set_state(draw.before)
+    except BaseException:
+        put_back(held)
+        raise
     return held
 
 
@@ -165,12 +267,7 @@ def put_back(held: list[tuple[Any, Any]]) -> None:
         stream.take_back(state)
 
 
-def pending(draws: list[Draw]) -> list[Draw]:
-    """The streams that are not where the forward ended."""
-    return [draw for draw in draws if draw.stream.moved(draw.after)]
-
-
 def so_far(cpu: CpuState | None, stash: Stash | None) -> list[Draw]:
     """Every stashed stream of a forward that is still running, for a gradient taken inside it."""
-    draws = [] if cpu is None else [Draw(_CPU_STREAM, cpu.state, None)]
+    draws = [] if cpu is None else [Draw(_CPU_GENERATOR, cpu, None)]
     return draws if stash is None else [*draws, *(Draw(s, before, None) for s, before in stash.own)]

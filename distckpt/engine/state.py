@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from distckpt.engine.region import Region
 
 
 class Frame:
-    """One replay under way on this thread; ``pins`` counts the pinned values it has handed out."""
+    """One replay under way on this thread; ``pins`` counts the pinned values it has handed out.
 
-    __slots__ = ("outer", "pins", "region")
+    ``refused`` is the error that ends it, see :func:`refuse`.
+    """
+
+    __slots__ = ("outer", "pins", "refused", "region")
 
     def __init__(self, region: Region, outer: Any) -> None:
         self.region = region
         self.outer = outer
         self.pins = 0
+        self.refused: Exception | None = None
 
 
 class _Thread(threading.local):
@@ -34,6 +38,24 @@ def region_here() -> Region | None:
     """The innermost region that this thread records or replays, or None."""
     frame = here.frame
     return frame.region if isinstance(frame, Frame) else frame
+
+
+class Refusal(BaseException):
+    """Ends a replay on its way to :func:`refuse`'s error; an ``except Exception`` of the user's lets it pass."""
+
+
+def refuse(region: Region, error: Exception) -> NoReturn:
+    """End the replay of ``region`` on this thread with ``error``, whatever its function catches.
+
+    The function would go on with something else than the forward did.
+    """
+    frame = here.frame
+    while frame is not None and not (type(frame) is Frame and frame.region is region):
+        frame = frame.outer
+    if type(frame) is not Frame:
+        raise error
+    frame.refused = frame.refused or error
+    raise Refusal
 
 
 def is_recomputing() -> bool:

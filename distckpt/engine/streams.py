@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from distckpt_backends.state import memcmp
 
+from distckpt._torch import without_dispatch_modes
 from distckpt.engine.errors import StreamError
 
 
@@ -37,7 +39,7 @@ class Stream:
 def same(a: Any, b: Any) -> bool:
     """Whether two states are the same, to the bit."""
     if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+        return isinstance(b, torch.Tensor) and _same_tensor(a, b)
     if isinstance(a, (tuple, list)):
         return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, dict):
@@ -45,6 +47,16 @@ def same(a: Any, b: Any) -> bool:
     if hasattr(a, "tobytes"):  # numpy arrays, without importing numpy
         return hasattr(b, "tobytes") and a.tobytes() == b.tobytes()
     return bool(a == b)
+
+
+def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
+    # Not torch.equal() for what a generator gives: that is an operator, which the modes of a region would see.
+    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return False
+    if a.device.type == "cpu" and a.is_contiguous() and b.is_contiguous():
+        return memcmp(a.data_ptr(), b.data_ptr(), a.nbytes) == 0
+    with without_dispatch_modes():
+        return torch.equal(a, b)
 
 
 # Replaced, never changed in place: a thread that is recording sees either the old or the new tuple.

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import torch
 
 from distckpt import _torch
-from distckpt.engine.options import ContextFn, Options, Partition
-from distckpt.modules.errors import AlreadyRegion, NeverCalled
+from distckpt.engine.errors import BadOption
+from distckpt.engine.misuse import unknown_option
+from distckpt.engine.options import ContextFn, DeterminismCheck, Options, Partition
+from distckpt.modules.choice import Choice, choose
+from distckpt.modules.errors import AlreadyRegion, NotAModel
 from distckpt.modules.forward import ModuleRegion, region_of
-from distckpt.modules.globs import select
-from distckpt.modules.libraries import default_layers, libraries, plain
+from distckpt.modules.libraries import libraries, plain
 
 
 class Applied:
@@ -56,15 +59,17 @@ class Applied:
 
 def apply(
     model: torch.nn.Module,
-    globs: str | Iterable[str] | None = None,
+    globs: Choice | None = None,
     *,
+    use_reentrant: Literal[False] = False,
     preserve_rng_state: bool = True,
     context_fn: ContextFn | None = None,
-    determinism_check: str = "default",
+    determinism_check: DeterminismCheck = "default",
     debug: bool = False,
     early_stop: bool = True,
     respect_saved_tensors_hooks: bool | None = None,
     partition: Partition | None = None,
+    **unknown: NoReturn,  # any other keyword: an error for type checkers, and a sentence at run time
 ) -> Applied:
     """Make modules of ``model`` regions, in place: each call of one is then a ``dc.checkpoint`` of its forward.
 
@@ -74,9 +79,12 @@ def apply(
 
     Args:
         globs: one glob over the names of ``model.named_modules()``, or several. ``*`` stays within one dotted
-            part, ``**`` crosses them; ``""`` is the model itself. A module that contains another chosen one makes
-            nested regions. Containers that are never called (``ModuleList``) are passed over. Left out: the layers
-            of a transformers model, also inside a peft or Lightning module.
+            part, ``**`` crosses them; ``""`` is the model itself. A class, a function of a module or of its name and
+            the module, and modules themselves (``model.layers``: each in the list) choose as well, and several of
+            all these together. A module that contains another chosen one makes nested regions. Containers that
+            are never called (``ModuleList``) are passed over. Left out: the layers of a transformers model, also
+            inside a peft or Lightning module.
+        use_reentrant: may say what holds anyway; a module is never a reentrant region.
         preserve_rng_state, context_fn, determinism_check, debug, early_stop, respect_saved_tensors_hooks, partition:
             as for ``dc.checkpoint``, the same for every chosen module.
 
@@ -84,17 +92,30 @@ def apply(
         A handle whose ``remove()`` undoes this.
 
     Raises:
-        NoMatch: a glob matches no module (DC301). Nothing has been changed then, and after any error below.
+        NotAModel: the first argument is no module (DC305).
+        BadChoice: the second is in no form that is known (DC306).
+        NoMatch: a glob, class, function or module matches no module, or nothing was chosen (DC301). Nothing has been
+            changed then, and after any error below.
         AlreadyRegion: a chosen module is a region already, by whatever way (DC302).
         NeverCalled: a glob matches only containers (DC303).
         UnknownModel: no glob, and no known library has layers in this model (DC601).
         OldFormat: no glob, and a transformers model that switches checkpointing the old way (DC602).
-        BadOption: an option has a value that it does not know (DC109).
+        BadOption: an unknown option, or an option with a value that it does not know (DC109).
 
     Example:
         >>> handle = dc.apply(model, "layers.*")
         >>> handle = dc.apply(model, ["encoder.layers.*", "decoder.**.mlp"], determinism_check="fingerprint")
+        >>> handle = dc.apply(model, TransformerBlock)
     """
+    if not isinstance(model, torch.nn.Module):
+        raise _not_a_model(model, globs)
+    if unknown:
+        raise unknown_option("dc.apply", unknown, _OPTIONS)
+    if use_reentrant is not False:
+        raise BadOption(
+            f"a module is never a reentrant region, and use_reentrant is {use_reentrant!r}",
+            fix="leave it out; dc.checkpoint(module, x, use_reentrant=True) makes one call reentrant",
+        )
     options: dict[str, Any] = {
         "preserve_rng_state": preserve_rng_state,
         "context_fn": context_fn,
@@ -121,29 +142,16 @@ def apply(
     return Applied(regions, model)
 
 
-def choose(
-    model: torch.nn.Module, globs: str | Iterable[str] | None = None
-) -> list[tuple[str, torch.nn.Module]]:
-    """The modules that ``globs`` mean: those with a forward, each once, in ``named_modules()`` order.
+_OPTIONS = {name for name, p in inspect.signature(apply).parameters.items() if p.kind is p.KEYWORD_ONLY}
 
-    Raises:
-        NoMatch: a glob matches no module (DC301).
-        NeverCalled: a glob matches only containers (DC303).
-        UnknownModel, OldFormat: no glob, and no known library has layers in this model (DC601, DC602).
-    """
-    # With its duplicates: a shared module may be named by any of its names, and is chosen once.
-    modules = dict(model.named_modules(remove_duplicate=False))
-    chosen: dict[torch.nn.Module, str] = {}
-    if globs is None:
-        chosen.update({modules[name]: name for name in default_layers(model)})
-    for glob in (globs,) if isinstance(globs, str) else tuple(globs or ()):
-        called = {name: modules[name] for name in select([glob], modules) if _has_forward(modules[name])}
-        if not called:
-            raise _never_called(glob, modules, select([glob], modules))
-        for name, module in called.items():
-            chosen.setdefault(module, name)
-    order = {name: place for place, name in enumerate(modules)}
-    return sorted(((name, module) for module, name in chosen.items()), key=lambda item: order[item[0]])
+
+def _not_a_model(model: Any, globs: Any) -> NotAModel:
+    swapped = isinstance(globs, torch.nn.Module)
+    return NotAModel(
+        f"dc.apply puts regions on the modules of a model, and was given a {type(model).__name__}",
+        why="the model comes first" if swapped else None,
+        fix='dc.apply(model, "layers.*"): an nn.Module, then which of its modules',
+    )
 
 
 def regions(model: torch.nn.Module) -> Applied:
@@ -151,19 +159,6 @@ def regions(model: torch.nn.Module) -> Applied:
     found = ((name, module, region_of(module)) for name, module in model.named_modules())
     mine = ((name, region) for name, module, region in found if region and region.module() is module)
     return Applied(mine, model)
-
-
-def _has_forward(module: torch.nn.Module) -> bool:
-    return "forward" in module.__dict__ or type(module).forward is not torch.nn.Module.forward
-
-
-def _never_called(glob: str, modules: dict[str, torch.nn.Module], names: list[str]) -> NeverCalled:
-    kinds = ", ".join(sorted({f"{name or 'the model'} ({type(modules[name]).__name__})" for name in names}))
-    return NeverCalled(
-        f"the glob {glob!r} matches only modules that are never called: {kinds}",
-        why="they have no forward, so nothing would be recomputed",
-        fix=f"name the modules inside, for example {glob + '.*'!r}",
-    )
 
 
 def _refuse_region(module: torch.nn.Module, name: str) -> None:

@@ -29,6 +29,18 @@ class ModuleGone(DistckptError, ReferenceError):
     code = "DC304"
 
 
+class NotAModel(DistckptError, TypeError):
+    """``dc.apply`` was given something else than a model first."""
+
+    code = "DC305"
+
+
+class BadChoice(DistckptError, TypeError):
+    """``dc.apply`` was told which modules in a form that it does not know."""
+
+    code = "DC306"
+
+
 class Rebound(DistckptError, TypeError):
     """The function inside a region's bound method was bound to something else."""
 

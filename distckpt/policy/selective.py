@@ -4,10 +4,11 @@ The first mode runs around the forward and keeps the outputs that the policy wan
 replay and answers those operators from what was kept.
 
 Note [Kept outputs]
-    A kept output is found by its operator and by how many calls of that operator came before it. In a region of
-    ``dc.*`` it may be asked for again, by a second backward or a double backward: it is dropped at its use only when
-    the backward that replays the region frees the graph, and one that is gone is computed again. In ``compat`` a second
-    use is torch's error.
+    A kept output is found by its operator and by how many calls of that operator came before it, those included that
+    raised. In a region of ``dc.*`` it may be asked for again, by a second backward or a double backward: it is
+    dropped at its use only when the backward that replays the region frees the graph, and one that is gone is
+    computed again. In ``compat`` a second use is torch's error. What no replay reaches, because nothing is saved after
+    it, is let go when the record ends.
 
 Note [Whose operators]
     A mode sees every operator that runs while it is on, also those of a replay that a gradient taken inside causes:
@@ -24,209 +25,228 @@ Note [Autocast]
     Autocast caches weight casts across regions, so a forward may run fewer casts than its replay, and counting them
     would shift every later one (pytorch#193338). Turning the cache off would change where gradients add up. So in
     a region of ``dc.*`` under autocast casts are never kept and never counted; they are cheap to do again.
+
+Note [One look-up]
+    What depends on the operator alone is answered once per process (``operators.py``), and what depends on the region
+    as well, once per region (``Calls``): the answer of a list, and whether the operator can be kept at all. A policy
+    function is asked in every call.
 """
 
 from __future__ import annotations
 
-import enum
-import functools
+import copy
 import warnings
 import weakref
-from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from distckpt._torch import (
     OriginalCachedMode,
     OriginalCachingMode,
-    OriginalPolicy,
     compiled_region_key,
     graph_task_id,
-    has_ordered_effect,
     ignored_operators,
     is_aot_tracing,
     keep_graph,
     original_selective_contexts,
+    top_saved_tensors_hooks,
     user_saved_tensors_hooks,
+    wait_for_collective,
+    without_dispatch_modes,
 )
 from distckpt.engine import rng
-from distckpt.engine.region import Region
+from distckpt.engine.region import Region, describe
 from distckpt.engine.replay import is_engine_hook
-from distckpt.engine.state import replaying
-from distckpt.policy.errors import NoPolicy, OffloadRefused, SelectiveMismatch
-from distckpt.policy.kept import Entry, Kept
-
-
-class _Policy(enum.Enum):
-    """What to do with an operator's output. ``MUST_*`` binds compilers too, ``PREFER_*`` is advice to them."""
-
-    MUST_SAVE = 0
-    PREFER_SAVE = 1
-    MUST_RECOMPUTE = 2
-    PREFER_RECOMPUTE = 3
-    MUST_CPU_OFFLOAD = 4
-    PREFER_CPU_OFFLOAD = 5
-
-
-# Where torch has all six members, its enum is ours: compilers and user code compare with it by identity.
-CheckpointPolicy: Any = (
-    OriginalPolicy if set(_Policy.__members__) <= set(OriginalPolicy.__members__) else _Policy
-)
-
-
-class SelectiveCheckpointContext:
-    """First argument of a policy function. ``op_output`` is what the operator returned.
-
-    The policy is asked in the forward only, so ``is_recompute`` is always False; it exists for old code.
-    """
-
-    def __init__(self, *, is_recompute: bool, op_output: Any = None) -> None:
-        self.is_recompute = is_recompute
-        self.op_output = op_output
-
+from distckpt.engine.state import Frame, here, refuse, replaying
+from distckpt.policy.answers import CheckpointPolicy as CheckpointPolicy
+from distckpt.policy.answers import SelectiveCheckpointContext as SelectiveCheckpointContext
+from distckpt.policy.answers import for_torch, verdict
+from distckpt.policy.errors import SavedOutputChanged, SelectiveMismatch
+from distckpt.policy.kept import Calls, Changed, Entry, Kept, Store, each, shares_memory
+from distckpt.policy.operators import operator, tensors
 
 SAC_IGNORED_OPS = ignored_operators
 
-_SAVE = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
-_OFFLOAD = (CheckpointPolicy.MUST_CPU_OFFLOAD, CheckpointPolicy.PREFER_CPU_OFFLOAD)
 _CAST = torch.ops.aten._to_copy.default
-_RECOMPUTE: Any = object()
 _CONSUMED: Any = object()
 _WHY = (
     "This can happen if the operations in the checkpointed region are nondeterministic or depend on global state that "
     "changed between forward and backward."
 )
-
+_CHANGED = "Tensor cached during selective activation checkpoint has been mutated"
 _EXTRA_BACKWARD = (
     "Trying to backward an extra time. You are only allowed to backward once on any region computed under selective "
     "activation checkpoint."
 )
 
 
-@functools.lru_cache(maxsize=4096)
-def _aliases(func: Any) -> bool:
-    """Whether an operator returns, or writes to, memory of its arguments.
-
-    A kept view would be one of the forward's memory and not of the replay's, and a kept in-place result would leave
-    the replay's tensor unwritten. Such operators are cheap, and always run again.
-    """
-    schema = getattr(func, "_schema", None)
-    return schema is not None and (schema.is_mutable or any(r.alias_info is not None for r in schema.returns))
-
-
 class _Selective:
     # Subclasses of torch's modes by name only: every method that does something is ours.
     supports_higher_order_operators = True
+    store: Store
+    strict = False
     _casts = False  # under autocast: casts are neither kept nor counted
-    _region: weakref.ref[Region] | None = None
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         return True
 
-    def bind_region(self, region: Region) -> None:
-        """The engine says which region these contexts serve."""
-        self._region = weakref.ref(region)  # the region holds its contexts
-        self._casts = region.options.strict and region.ambient[8] is not None
+    def bind_region(self, region: Region) -> Any:
+        """The engine says which region these contexts serve. Returns the context to use, which serves no other."""
+        if region.kept is None:
+            region.kept = self.store if self.store.region is None else Store()
+            region.kept.region = weakref.ref(region)
+        mine = self
+        if self.store is not region.kept:  # one pair for several regions
+            mine = copy.copy(self)
+            TorchDispatchMode.__init__(mine)  # type: ignore[arg-type]
+            mine.store = region.kept
+        mine.strict = region.options.strict
+        mine._casts = mine.strict and region.ambient[8] is not None
+        return mine
 
     @property
     def region(self) -> Region | None:
-        return None if self._region is None else self._region()
-
-    def _is_beside(self, func: Any) -> bool:
-        return func in SAC_IGNORED_OPS or (self._casts and func is _CAST)
+        ref = self.store.region
+        return None if ref is None else ref()
 
     def _replayed_by(self) -> Region | None:
         """The region whose replay runs the present operator, see Note [Whose operators]."""
         region = self.region
         return None if region is None else replaying(region)
 
-    @property
-    def strict(self) -> bool:
-        region = self.region
-        return region is not None and region.options.strict
+    def _calls(self, func: Any, args: Any, answer: bool | None = None) -> Calls | None:
+        """The calls of an operator that the store does not have under its own name: a new one, or a compiled one."""
+        op = operator(func)
+        key = compiled_region_key(func, args) if op.compiled else func
+        calls = self.store.calls.get(key)
+        if calls is None:
+            beside = func in SAC_IGNORED_OPS or op.unseen or (self._casts and func is _CAST)
+            if not beside and not isinstance(self, CachingMode):
+                return None
+            if answer and (op.runs_again or (self.strict and op.views)):
+                answer = False
+            calls = self.store.calls[key] = Calls(op, beside, answer)
+        return calls
 
 
 class CachingMode(_Selective, OriginalCachingMode):
     """Around the forward: ask the policy, keep what it wants."""
 
-    def __init__(self, policy_fn: Callable[..., Any], storage: Any, ac_graph_id: int | None = None) -> None:
+    def __init__(
+        self, policy_fn: Callable[..., Any] | frozenset[Any], store: Store, ac_graph_id: int | None = None
+    ) -> None:
         TorchDispatchMode.__init__(self)
         self.policy_fn = policy_fn
-        self.storage = storage
+        self.store = store
         self.ac_graph_id = ac_graph_id
-        self.func_counter: dict[Any, int] = defaultdict(int)
         self.respect_saved_tensors_hooks: bool | None = None
+        self._recorded: Region | None = None  # while it is
+        self._outer_hooks: Any = None
+        self._error: Exception | None = None
 
-    def bind_region(self, region: Region) -> None:
-        super().bind_region(region)
-        self.respect_saved_tensors_hooks = region.options.respect_saved_tensors_hooks
+    def bind_region(self, region: Region) -> Any:
+        mine = super().bind_region(region)
+        mine.respect_saved_tensors_hooks = region.options.respect_saved_tensors_hooks
+        return mine
+
+    def __enter__(self) -> Any:
+        self._recorded = self.region
+        self._outer_hooks = user_saved_tensors_hooks(is_engine_hook)
+        return TorchDispatchMode.__enter__(self)  # type: ignore[arg-type]
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        TorchDispatchMode.__exit__(self, kind, error, trace)  # type: ignore[arg-type]
+        r, self._recorded, self._outer_hooks = self._recorded, None, None
+        if kind is not None:
+            return
+        if self._error is not None:  # the function went on as if nothing had happened
+            raise self._error
+        if r is not None and r.early_stop and r.verifier is None:
+            self.store.let_go(r.reach())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self._is_beside(func) or self._replayed_by() is not None:
-            return func(*args, **kwargs)
-        before = [(s, s.get_state()) for s in self._streams()] if self._may_draw(func) else ()
+        calls = self.store.calls.get(func)
+        if calls is None:
+            calls = self._calls(func, args, self._answer(func))
+            assert calls is not None
+        r = self._recorded
+        if calls.beside or (here.frame is not r and self._replayed_by() is not None):
+            return func(*args, **(kwargs or {}))
+        index = calls.count
+        calls.count = index + 1  # also when it raises, and the function catches that
+        if calls.plain:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        return self._run(calls, index, func, args, kwargs or {})
+
+    def _answer(self, func: Any) -> bool | None:
+        """What a list says of an operator, in every call."""
+        if callable(self.policy_fn):
+            return None
+        return func in self.policy_fn or operator(func).effect
+
+    def _run(self, calls: Calls, index: int, func: Any, args: Any, kwargs: Any) -> Any:
+        op, keep = calls.operator, calls.answer
+        before = [(s, s.get_state()) for s in self._streams()] if op.draws and keep is not False else ()
         out = func(*args, **kwargs)
-        key = compiled_region_key(func, args)
-        index = self.func_counter[key]
-        self.func_counter[key] += 1
-        policy = self._policy(func, out, args, kwargs)
-        if policy in _SAVE and not (self.strict and _aliases(func)):
-            after = [(s, s.get_state()) for s, state in before if s.moved(state)]
-            hooks = self._user_hooks()
-            kept = tree_map(lambda x: Kept(x, hooks), out)
-            self.storage[key][index] = Entry(kept, after or None)
-        else:
-            self.storage[key][index] = _RECOMPUTE
+        written = op.written(args, kwargs) if op.writes or op.statistics else ()
+        if written:
+            self.store.written(written)
+        if keep is None:
+            try:
+                policy: Any = self.policy_fn
+                ctx = SelectiveCheckpointContext(is_recompute=False, op_output=out)
+                keep = verdict(policy(ctx, func, *args, **kwargs), func, op.effect, self.strict)
+            except Exception as error:
+                self._error = error
+                raise
+            keep = keep and not op.runs_again and not (self.strict and op.views)
+        if op.undeclared:
+            self.store.viewed(out)
+        if keep and self._stands_alone(op, out, written, args, kwargs):
+            self._keep(calls, index, out, before)
         return out
 
-    def _policy(self, func: Any, out: Any, args: Any, kwargs: Any) -> Any:
-        policy = self.policy_fn(
-            SelectiveCheckpointContext(is_recompute=False, op_output=out), func, *args, **kwargs
-        )
-        if isinstance(policy, bool):
-            return CheckpointPolicy.MUST_SAVE if policy else CheckpointPolicy.PREFER_RECOMPUTE
-        if isinstance(policy, OriginalPolicy):  # torch's own enum
-            policy = CheckpointPolicy[policy.name]
-        elif not isinstance(policy, CheckpointPolicy):
-            if self.strict:
-                raise NoPolicy(
-                    f"the policy answered {policy!r} for {func}",
-                    why="a policy says a CheckpointPolicy or a bool of every operator; torch recomputes otherwise",
-                    fix="return one on every path; CheckpointPolicy.PREFER_RECOMPUTE is what no answer means to torch",
-                )
-            policy = CheckpointPolicy.PREFER_RECOMPUTE
-        if policy not in _SAVE and policy is not CheckpointPolicy.MUST_RECOMPUTE and has_ordered_effect(func):
-            return CheckpointPolicy.MUST_SAVE
-        if policy in _OFFLOAD and self.strict:
-            raise OffloadRefused(
-                f"the policy wants {func} offloaded to the CPU, which this version cannot do",
-                why="torch accepts this policy in eager mode and silently recomputes",
-                fix="return MUST_SAVE or MUST_RECOMPUTE",
-            )
-        return policy
+    def _stands_alone(self, op: Any, out: Any, written: Any, args: Any, kwargs: Any) -> bool:
+        """Whether ``out`` is all that this call did: see Note [Operators that always run]."""
+        if any(t.is_inference() for t in tensors(out)):  # no version counter would tell that it was changed
+            return False
+        if not self.strict:
+            return True
+        return not written and not (op.undeclared and shares_memory(out, (*args, *kwargs.values())))
 
-    def _may_draw(self, func: Any) -> bool:
-        r = self.region
-        return (
-            r is not None
-            and r.options.strict
-            and r.options.preserve_rng_state
-            and torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
-        )
+    def _keep(self, calls: Calls, index: int, out: Any, before: Any) -> None:
+        hooks, after, r = self._user_hooks(), None, self._recorded
+        if before:
+            with without_dispatch_modes():
+                after = [(s, s.get_state()) for s, state in before if s.moved(state)]
+        if hooks is not None and calls.operator.in_flight:
+            for t in tensors(out):
+                wait_for_collective(t)
+        if type(out) is torch.Tensor:
+            kept: Any = Kept(out, hooks)
+        else:
+            kept = each(lambda x: Kept(x, hooks) if isinstance(x, torch.Tensor) else x, out)
+        self.store.keep(calls, index, Entry(kept, after or None, 0 if r is None else len(r.refs)))
 
     def _streams(self) -> list[Any]:
-        r = self.region
-        assert r is not None
+        """The generators that an operator may move, if a replay of this region is to find them there."""
+        r = self._recorded
+        if r is None or not self.strict or not r.options.preserve_rng_state:
+            return []
         return [draw.stream for draw in rng.so_far(r.rng_before, r.stash)]
 
     def _user_hooks(self) -> Any:
-        hooks = user_saved_tensors_hooks(is_engine_hook)
+        top = top_saved_tensors_hooks()
+        if top is None:
+            return None
+        if self._recorded is not None and getattr(top[1], "__self__", None) is self._recorded:
+            hooks = self._outer_hooks  # ours are on top, so nobody has put any on since
+        else:
+            hooks = user_saved_tensors_hooks(is_engine_hook)
         if hooks is None:
             return None
         respects = self.respect_saved_tensors_hooks
@@ -246,54 +266,99 @@ class CachingMode(_Selective, OriginalCachingMode):
 class CachedMode(_Selective, OriginalCachedMode):
     """Around a replay: answer from what was kept."""
 
-    def __init__(self, policy_fn: Any, storage: Any, allow_cache_entry_mutation: bool = False) -> None:
+    def __init__(self, policy_fn: Any, store: Store, allow_cache_entry_mutation: bool = False) -> None:
         TorchDispatchMode.__init__(self)
-        self.storage = storage
+        self.store = store
         self.allow_cache_entry_mutation = allow_cache_entry_mutation
-        self.func_counter: dict[Any, int] = defaultdict(int)
         self._last_use = False
 
     def __enter__(self) -> Any:
-        self.func_counter.clear()
+        for calls in self.store.calls.values():
+            calls.seen = 0
         # Asked now: later in the replay the running backward may be that of a gradient taken inside.
         r = self.region
         ends = r is not None and r.closed and r.session is None
         self._last_use = ends and graph_task_id() != -1 and not keep_graph()
-        return TorchDispatchMode.__enter__(self)
+        return TorchDispatchMode.__enter__(self)  # type: ignore[arg-type]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._is_beside(func) or self._replayed_by() not in (None, self.region):
+        calls = self.store.calls.get(func)
+        if calls is None:
+            calls = self._calls(func, args)
+        if (calls is not None and calls.beside) or not self._is_mine():
             return func(*args, **(kwargs or {}))
-        key = compiled_region_key(func, args)
-        index = self.func_counter[key]
-        self.func_counter[key] += 1
-        calls = self.storage.get(key)
-        if calls is None or index not in calls:
-            return self._unknown(func, index, calls, args, kwargs or {})
-        entry = calls[index]
-        if entry is _CONSUMED and not self.strict:
-            raise RuntimeError(_EXTRA_BACKWARD)
-        if entry is _RECOMPUTE or entry is _CONSUMED:
-            return func(*args, **(kwargs or {}))
-        again = self.strict and not self._last_use
+        index = -1
+        if calls is not None:
+            index = calls.seen
+            calls.seen = index + 1
+        if calls is None or index >= calls.count:
+            return self._unknown(func, index, args, kwargs or {})
+        entry = calls.kept.get(index)
+        if entry is None:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        return self._given(calls, index, entry, func, args, kwargs or {})
+
+    def _is_mine(self) -> bool:
+        """Whether the present operator belongs to the function's one run, see Note [Whose operators]."""
+        frame, ref = here.frame, self.store.region
+        if ref is None:
+            return True
+        region = ref()
+        return (type(frame) is Frame and frame.region is region) or self._replayed_by() in (None, region)
+
+    def _given(self, calls: Calls, index: int, entry: Any, func: Any, args: Any, kwargs: Any) -> Any:
+        strict = self.strict
+        if entry is _CONSUMED:
+            self._refuse(RuntimeError(_EXTRA_BACKWARD))
+        again = strict and not self._last_use
+        check = not self.allow_cache_entry_mutation
+        try:
+            if type(entry.out) is Kept:
+                out = entry.out.get(check, strict, again)
+            else:
+                out = each(lambda x: x.get(check, strict, again) if type(x) is Kept else x, entry.out)
+        except Changed:
+            r = self.region
+            if r is not None and entry.at >= len(r.refs):
+                return func(*args, **kwargs)  # nothing was saved after it: the replay only passes by
+            self._refuse(
+                SavedOutputChanged(
+                    _CHANGED,
+                    where=f"{func}, {describe(r.fn, r.options)}" if r is not None else str(func),
+                    why="the replay would begin with the changed value; a view or another tensor over the same memory "
+                    "may have been what was written to",
+                    fix="do not select operators whose outputs are changed in place",
+                )
+                if strict
+                else RuntimeError(_CHANGED)
+            )
         if not again:
-            calls[index] = _CONSUMED
+            if strict:
+                del calls.kept[index]
+            else:
+                calls.kept[index] = _CONSUMED
         for stream, state in entry.after or ():
             stream.set_state(state)
-        return tree_map(lambda x: x.get(self.allow_cache_entry_mutation, self.strict, again), entry.out)
+        return out
 
-    def _unknown(self, func: Any, index: int, calls: Any, args: Any, kwargs: Any) -> Any:
-        if calls is None:
+    def _unknown(self, func: Any, index: int, args: Any, kwargs: Any) -> Any:
+        if index < 0:
             text = f"{func} encountered during backward but not found in storage. {_WHY}"
         else:
             text = f"{func} invocation index {index} encountered during backward but not found in storage. {_WHY}"
         if not self.strict:
-            raise RuntimeError(text)
+            self._refuse(RuntimeError(text))
         region = self.region
         assert region is not None
         if not region.closed:
             return func(*args, **kwargs)  # a replay during the record may run past its end
-        raise SelectiveMismatch(text, fix="make the region depend on its inputs only")
+        self._refuse(SelectiveMismatch(text, fix="make the region depend on its inputs only"))
+
+    def _refuse(self, error: Exception) -> NoReturn:
+        region = self.region
+        if region is None:
+            raise error
+        refuse(region, error)
 
 
 def create_selective_checkpoint_contexts(
@@ -311,33 +376,17 @@ def create_selective_checkpoint_contexts(
         TypeError: neither a function nor a list.
     """
     if is_aot_tracing():
-        return original_selective_contexts(_for_torch(policy_fn_or_list), allow_cache_entry_mutation)
+        return original_selective_contexts(for_torch(policy_fn_or_list), allow_cache_entry_mutation)
     if isinstance(policy_fn_or_list, list):
         for op in policy_fn_or_list:
             _check_operator(op)
-        chosen = frozenset(policy_fn_or_list)
-
-        def policy_fn(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
-            return CheckpointPolicy.MUST_SAVE if op in chosen else CheckpointPolicy.PREFER_RECOMPUTE
-
+        policy_fn: Any = frozenset(policy_fn_or_list)
     elif callable(policy_fn_or_list):
         policy_fn = policy_fn_or_list
     else:
         raise TypeError("policy_fn_or_list must be either a function or a list of ops.")
-    storage: dict[Any, dict[int, Any]] = defaultdict(dict)
-    return CachingMode(policy_fn, storage), CachedMode(None, storage, allow_cache_entry_mutation)
-
-
-def _for_torch(policy: Any) -> Any:
-    """A policy whose answers are members of torch's own enum, for torch's operator in a compiled graph."""
-    if CheckpointPolicy is OriginalPolicy or not callable(policy):
-        return policy
-
-    def translated(*args: Any, **kwargs: Any) -> Any:
-        answer = policy(*args, **kwargs)
-        return OriginalPolicy[answer.name] if isinstance(answer, _Policy) else answer
-
-    return translated
+    store = Store()
+    return CachingMode(policy_fn, store), CachedMode(None, store, allow_cache_entry_mutation)
 
 
 def _check_operator(op: Any) -> None:

@@ -2,10 +2,12 @@
 
 Note [Alarm]
     The engine tells us when a replay raises; the rank writes that under one key of the store. On every rank a thread
-    with its own connection looks for the key (once a second; at 4,096 ranks every four, so that the store sees a
-    thousand requests a second and no more). Before the failed rank's error goes on it waits until all have heard, a few
-    seconds at most: its process is likely to end then, and a launcher that sees this stops the others at once. Who
-    hears prints one line, and its training thread gets ``RemoteReplayFailed``:
+    with a connection of its own looks for the key (once a second; at 4,096 ranks every four, so that the store sees a
+    thousand requests a second and no more). The connection is made by that thread, when its turn comes, and
+    not by the check: the server is blocked while it looks up the name of whoever connects, for seconds if all come at
+    once. Before the failed rank's error goes on
+    it waits until all have heard, a few seconds at most: its process is likely to end then, and a launcher that sees
+    this stops the others at once. Who hears prints one line, and its training thread gets ``RemoteReplayFailed``:
 
     1. A meeting that it waits in ends at once with that verdict.
     2. Anywhere else the exception is set on it from outside and lands at its next bytecode.
@@ -38,10 +40,30 @@ from distckpt.ranks.meeting import Channel, Verdict
 EXIT_CODE = 86
 _EVERY = 1.0  # seconds between two looks
 _LOOKS = 1000  # per second, over all ranks, at most
+# Per second, over all ranks, at most. The server looks up the name of whoever connects, and torch's is blocked
+# meanwhile: of 64 at once, or of 200 a second, some look-ups took 5 s here, and of 20 a second none.
+_CONNECTIONS = 20
+
+_lock = threading.Lock()
+_running: dict[tuple[str, int], Alarm] = {}  # by job and rank, as ranks may be threads of one process
+
+
+def start(channel: Channel) -> Alarm:
+    """The alarm of this rank, shared by all coordinators of the process. Each calls :meth:`Alarm.stop` once."""
+    with _lock:
+        key = (channel.namespace, channel.world.rank)
+        alarm = _running.get(key)
+        if alarm is not None and not alarm.watches():
+            alarm._end()
+            alarm = None
+        if alarm is None:
+            alarm = _running[key] = Alarm(channel)
+        alarm.serve(channel)
+        return alarm
 
 
 class Alarm:
-    """Started on every rank, on the thread that trains. ``stop()`` when the job is over; harmless to repeat.
+    """Started on every rank, on the thread that trains, by :func:`start`.
 
     Args:
         grace: seconds that a thread blocked in a collective is given to come out before the process is ended.
@@ -52,8 +74,10 @@ class Alarm:
         self._channel = channel
         self._key = f"{channel.namespace}/alarm"
         self._thread_id = threading.get_ident()
-        self._store = channel.store.clone()
-        self._had_group = dist.is_initialized()
+        self._channels: list[Channel] = []
+        self._connecting = threading.Lock()
+        self._connection: Any = None
+        self._group = dist.group.WORLD  # None: there is none yet
         self._every = max(_EVERY, channel.world.size / _LOOKS)
         self._stopped = threading.Event()
         self._landed = threading.Event()
@@ -61,15 +85,42 @@ class Alarm:
         self._remove = on_failed_replay(self._raise_alarm)
         self._watcher = threading.Thread(target=self._watch, name="distckpt-alarm", daemon=True)
         self._watcher.start()
-        atexit.register(self.stop)
+        atexit.register(self._end)
 
-    def stop(self) -> None:
-        """Stop watching and listening."""
+    def watches(self) -> bool:
+        """Whether it still does, for the process group that is there now."""
+        return self._watcher.is_alive() and self._group in (None, dist.group.WORLD)
+
+    def serve(self, channel: Channel) -> None:
+        """Ring in the meetings of ``channel`` too."""
+        self._channels.append(channel)
+
+    def stop(self, channel: Channel) -> None:
+        """Serve ``channel`` no more. Without any other, stop watching and listening."""
+        with _lock:
+            if channel not in self._channels:
+                return
+            self._channels.remove(channel)
+            if self._channels:
+                return
+            key = (self._channel.namespace, self._channel.world.rank)
+            if _running.get(key) is self:
+                del _running[key]
+        self._end()
+
+    def _end(self) -> None:
         self._remove()
         self._stopped.set()
-        atexit.unregister(self.stop)
+        atexit.unregister(self._end)
         if threading.current_thread() is not self._watcher:
             self._watcher.join(timeout=5)
+
+    def _store(self) -> Any:
+        """A connection of our own: the training thread's is locked while it waits for a verdict."""
+        with self._connecting:
+            if self._connection is None:
+                self._connection = self._channel.store.clone()
+            return self._connection
 
     def _raise_alarm(self, region: str, error: Exception) -> None:
         if self._failed_here:
@@ -78,39 +129,48 @@ class Alarm:
         said = {"rank": self._channel.world.rank, "region": region, "error": type(error).__name__}
         said["message"] = str(error).split("\n", 1)[0][:500]
         try:
-            if self._store.add(f"{self._key}/claim", 1) == 1:  # the first failure is the one that all hear of
-                self._store.set(self._key, json.dumps(said))
-            self._wait_until_heard()
+            store = self._store()
+            if store.add(f"{self._key}/claim", 1) == 1:  # the first failure is the one that all hear of
+                store.set(self._key, json.dumps(said))
+            self._wait_until_heard(store)
         except dist.DistError as trouble:  # the error itself must reach the caller
             print(
                 f"distckpt: the failed replay could not be told to the other ranks: {trouble}",
                 file=sys.stderr,
             )
 
-    def _wait_until_heard(self) -> None:
+    def _wait_until_heard(self, store: Any) -> None:
         end = time.monotonic() + 3 * self._every
         while time.monotonic() < end:
             # A rank that fails as well counts as one that has heard.
-            if self._store.add(f"{self._key}/heard", 0) >= self._channel.world.size - 1:
+            if store.add(f"{self._key}/heard", 0) >= self._channel.world.size - 1:
                 return
             time.sleep(self._every / 20)
 
     def _watch(self) -> None:
+        if self._stopped.wait(self._channel.world.rank / _CONNECTIONS):
+            return
+        try:
+            store = self._store()
+        except RuntimeError:  # the store is gone, and with it the job
+            return
         while not self._stopped.wait(self._every):
-            if self._had_group and not dist.is_initialized():
+            if self._group not in (None, dist.group.WORLD):
                 return  # this rank has left
             try:
-                if not self._store.check([self._key]):
+                if not store.check([self._key]):
                     continue
-                said = json.loads(self._store.get(self._key))
+                said = json.loads(store.get(self._key))
                 if said["rank"] == self._channel.world.rank:
                     return
-                self._store.add(f"{self._key}/heard", 1)
-            except RuntimeError:  # the store is gone, and with it the job
+                store.add(f"{self._key}/heard", 1)
+            except RuntimeError:
                 return
-            return None if self._failed_here else self._ring(said)  # its own error is enough for a rank
+            return (
+                None if self._failed_here else self._ring(store, said)
+            )  # its own error is enough for a rank
 
-    def _ring(self, said: dict[str, Any]) -> None:
+    def _ring(self, store: Any, said: dict[str, Any]) -> None:
         error = RemoteReplayFailed(
             f"a replay failed on rank {said['rank']}: {said['error']}: {said['message']}",
             where=said["region"],
@@ -118,7 +178,8 @@ class Alarm:
             fix=f"the log of rank {said['rank']} has the whole error",
         )
         print(f"distckpt: rank {self._channel.world.rank}: {error.what}", file=sys.stderr, flush=True)
-        if self._channel.interrupt(self._store, Verdict.of(error)):
+        rung = [channel.interrupt(store, Verdict.of(error)) for channel in list(self._channels)]
+        if any(rung):
             return
         raise_in(self._thread_id, _arriving(error, self._landed))
         threading.Thread(target=_torch_dist.abort_groups, daemon=True).start()  # NCCL's may take its time

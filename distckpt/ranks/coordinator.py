@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from distckpt.engine.errors import BadOption
-from distckpt.ranks.agreement import judge
-from distckpt.ranks.alarm import Alarm
+from distckpt.ranks import exchange
+from distckpt.ranks.agreement import judge, judge_work
+from distckpt.ranks.alarm import Alarm, start
+from distckpt.ranks.fsdp import AS_UNITS
 from distckpt.ranks.meeting import Channel, open_store
 from distckpt.ranks.regionplan import RegionPlan
-from distckpt.ranks.statement import collect
+from distckpt.ranks.statement import Work, collect
 from distckpt.ranks.watch import Watch
 from distckpt.ranks.world import World, detect
+
+if TYPE_CHECKING:
+    from distckpt.ranks.fsdp import Sharded
+    from distckpt.ranks.fsdp_units import Globs
+    from distckpt.ranks.partition import Partition
+    from distckpt.ranks.pipeline.attach import Attached
+    from distckpt.ranks.stream_check import Checked
+    from distckpt.ranks.streams import Seeded
+
+T = TypeVar("T")
 
 RULES = ("error", "warn", "all")
 
@@ -29,12 +41,13 @@ class Coordinator:
         rule: ``"error"``, ``"warn"`` or ``"all"``: the single-device-type rule, over ranks.
         timeout: seconds that a check waits for the other ranks.
         world_size: the number of ranks that this job is fixed to; None takes the world as it is.
-        alarm: after the first check, let a replay that fails on one rank end the others too; see ``ranks/alarm.py``.
+        alarm: after the first check or attach, let a replay that fails on one rank end the others too; see
+            ``ranks/alarm.py``.
         store: a ``torch.distributed.Store`` to meet through, instead of the default process group's.
         world: what to believe instead of the launcher and the running process group.
 
     Raises:
-        BadOption: an unknown rule, or a timeout that is not positive.
+        BadOption: an unknown rule, a timeout that is no number of seconds above 0, or another wrong type.
         WorldMismatch: the launcher and the running process group disagree.
 
     Example:
@@ -56,8 +69,19 @@ class Coordinator:
     ) -> None:
         if rule not in RULES:
             raise BadOption(f"unknown device rule {rule!r}", fix=f"use one of {', '.join(RULES)}")
-        if not timeout > 0:
-            raise BadOption(f"timeout is a number of seconds above 0, not {timeout!r}")
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
+            raise BadOption(
+                f"timeout is a number of seconds above 0, not {timeout!r}", fix="Coordinator(timeout=60.0)"
+            )
+        if device_type is not None and not isinstance(device_type, str):
+            raise BadOption(
+                f"device_type is the name of a device type or None, not {device_type!r}",
+                fix='Coordinator("cuda"), and None to take that of the model',
+            )
+        if world_size is not None and (type(world_size) is not int or world_size < 1):
+            raise BadOption(
+                f"world_size is a number of ranks or None, not {world_size!r}", fix="world_size=8"
+            )
         self.device_type = device_type
         self.rule = rule
         self.timeout = timeout
@@ -104,24 +128,30 @@ class Coordinator:
         """Agree with the other ranks before the first step, and again when the regions change. Every rank calls it.
 
         Compared are: world size, versions of torch and distckpt, device type (by the rule) and backends, names of the
-        registered random streams, the regions on the model with their options, and ``plan``. Regions must be equal on
-        all ranks of one pipeline stage, whatever their place in data, tensor or expert parallel groups. The model
-        is only read. One message of a few hundred bytes per rank goes through the rendezvous store.
+        registered random streams, the regions on the model with their options, ``plan``, and a signature of the model:
+        modules' names, classes, training or eval, dropout, and parameters' dtypes, shapes and whether they are
+        frozen. Regions and signatures must be equal on all ranks of one pipeline stage, whatever their place in
+        data or tensor parallel groups; only shapes of plain tensors may differ along other dimensions of ``mesh``
+        than the data-parallel ones. The model is only read. One message of a few hundred bytes per rank goes through
+        the rendezvous store.
 
         Args:
             model: this rank's model or stage; or its stages, as a mapping of stage to module.
             plan: the plan that the model is to follow, with every stage: a RegionPlan, its JSON, or a file of it.
-            mesh: a DeviceMesh; a dimension named pp, pipe, pipeline or stage names the stage of this rank.
+            mesh: a DeviceMesh with named dimensions; one named pp, pipe, pipeline or stage names the stage of this
+                rank, and the others say which ranks have equal local shapes. Without it all ranks of a stage have.
             stage: the stage of this rank, where neither ``mesh`` nor a mapping says it.
 
         Returns:
             This rank's part of the plan.
 
         Raises:
-            RanksDisagree, MixedRankDevices, PlansDiffer, StageMissing: a difference, with a diff by rank.
+            RanksDisagree, MixedRankDevices, PlansDiffer, ModelsDiffer, StageMissing: a difference, with a diff by rank.
             PlanNotMet, BadPlan: the model has other regions than ``plan``, or that is none.
             WorldMismatch, WorldChanged: the world is not the one that was launched, or not the one that was fixed.
-            RanksMissing: a rank did not come in time. NoStore: there is nowhere to meet.
+            RanksMissing: a rank did not come in time, or was killed or stopped while it was there.
+            NoStore: there is nowhere to meet.
+            RankFailed: something that is none of distckpt's errors happened on one rank.
             Every rank raises the same error, also one that is found on a single rank.
         """
         channel = self._open()
@@ -136,7 +166,7 @@ class Coordinator:
             stage=stage,
         )
         verdict = channel.meet("check", own.short(), judge, timeout=self.timeout, text=own.long)
-        verdict.raise_error()
+        verdict.raise_error(own.cause)
         for warned in verdict.warnings:
             warnings.warn(warned, stacklevel=2)
         self._start_alarm(channel)
@@ -162,10 +192,10 @@ class Coordinator:
         return Watch(channel, every=every, timeout=self.timeout)
 
     def close(self) -> None:
-        """Stop the alarm. Called by itself when the process ends."""
-        if self._alarm is not None:
-            self._alarm.stop()
-            self._alarm = None
+        """Stop the alarm, unless another coordinator of this process uses it. Done by itself when the process ends."""
+        if self._alarm is not None and self._channel is not None:
+            self._alarm.stop(self._channel)
+        self._alarm = None
 
     def __enter__(self) -> Coordinator:
         return self
@@ -177,51 +207,204 @@ class Coordinator:
         world = self.world
         if self._channel is None or self._channel.world != world:
             self.close()
-            self._channel = Channel(self._store or open_store(world), world)
+            self._channel = Channel(self._store or open_store(world, self.timeout), world)
         return self._channel
 
     def _start_alarm(self, channel: Channel) -> None:
         if self._wants_alarm and self._alarm is None and channel.world.size > 1:
-            self._alarm = Alarm(channel)
+            self._alarm = start(channel)
 
-    def fully_shard(self, model: torch.nn.Module, units: Any, **options: Any) -> Any:
-        """See :func:`distckpt.ranks.fsdp.fully_shard`."""
+    def _together(
+        self, topic: str, work: Callable[[], T], facts: Callable[[T], Mapping[str, Any]] = lambda done: {}
+    ) -> T:
+        """Do ``work`` on every rank, and return when it is done on all and its ``facts`` are equal over ranks.
+
+        Raises:
+            PlansDiffer: the facts differ. RanksMissing: a rank did not come.
+            Every rank raises the same error, also one of a single rank. ``done`` is left to the caller.
+        """
+        channel = self._open()
+        said = Work.of(work, facts)
+        channel.meet(topic, said.short(), judge_work, timeout=self.timeout).raise_error(said.cause)
+        return said.done
+
+    def fully_shard(
+        self,
+        model: torch.nn.Module,
+        units: Globs,
+        plan: Any = None,
+        *,
+        regions: str | Iterable[str] | None = AS_UNITS,
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        policy: Any = None,
+        **options: Any,
+    ) -> Sharded:
+        """Shard ``model`` with FSDP2, a unit per module that ``units`` names and one for the rest, with regions inside.
+
+        Args:
+            units: globs over module names. A tuple of globs inside it makes one unit of all that it matches.
+            plan, policy: reserved; only None.
+            regions: globs of the modules to make regions; None for none. Left out: the units' modules.
+            overrides: FSDP2 options for some units only: ``{"layers.11": {"reshard_after_forward": False}}``.
+            options: every option of the installed torch's ``fully_shard``, and those of ``dc.apply``.
+
+        Returns:
+            A handle that says what was done; its ``remove()`` takes the regions off.
+
+        Raises:
+            DistckptError: DC420 to DC425, and what ``dc.apply`` raises; the model is as it was. See
+                :func:`distckpt.ranks.fsdp.fully_shard`.
+        """
         from distckpt.ranks.fsdp import fully_shard
 
-        return fully_shard(self, model, units, **options)
+        return fully_shard(
+            self, model, units, regions=regions, overrides=overrides, policy=policy, plan=plan, **options
+        )
 
-    def attach(self, schedule_or_stages: Any, **options: Any) -> Any:
-        """See :func:`distckpt.ranks.pipeline.attach`."""
+    def attach(
+        self,
+        schedule_or_stages: Any,
+        *,
+        plan: Any = None,
+        early_replay: bool = True,
+        ahead: int | str | None = None,
+    ) -> Attached:
+        """One replay per region and micro-batch, for a pipeline of ``torch.distributed.pipelining``.
+
+        Every rank calls it. The ranks agree first: on the plan for all stages, and on the other options where they
+        have one stage. Then the alarm is on, as after :meth:`check`.
+
+        Args:
+            schedule_or_stages: a schedule, or this rank's stages for a schedule of your own.
+            plan: what becomes a region, for every stage of the pipeline; None leaves the stages as they are.
+            early_replay: replay before the gradient arrives.
+            ahead: most bytes of region values that may exist before their gradient: a number, ``"2 GiB"``, or
+                ``"1 micro-batch"``.
+
+        Returns:
+            A handle with ``report()`` and ``remove()``.
+
+        Raises:
+            PlansDiffer: ranks have other plans, or other options for one stage. RanksMissing, RankFailed: as in
+                :meth:`check`.
+            DistckptError: DC430 to DC433, and what ``dc.apply`` raises. After any error everything is as it was, on
+                every rank. See :func:`distckpt.ranks.pipeline.attach`.
+        """
         from distckpt.ranks.pipeline import attach
 
-        return attach(self, schedule_or_stages, **options)
+        handle: list[Attached] = []
 
-    def streams(self, mesh: Any, seed: int, **options: Any) -> Any:
-        """See :func:`distckpt.ranks.streams.seed_streams`."""
+        def work() -> Attached:
+            handle.append(attach(self, schedule_or_stages, plan=plan, early_replay=early_replay, ahead=ahead))
+            return handle[0]
+
+        def facts(attached: Attached) -> Mapping[str, Any]:
+            options = {"early_replay": early_replay, "ahead": ahead}
+            return {"plan": plan, **{f"options of stage {stage}": options for stage in attached.report()}}
+
+        try:
+            attached = self._together("attach", work, facts)
+        except BaseException:
+            for made in handle:
+                made.remove()
+            raise
+        self._start_alarm(self._open())
+        return attached
+
+    def streams(
+        self,
+        mesh: Any,
+        seed: int,
+        *,
+        streams: Mapping[str, Iterable[str]] | None = None,
+        aliases: Mapping[str, str] | None = None,
+    ) -> Seeded:
+        """Seed the named random streams of this rank by its coordinates in ``mesh``.
+
+        It does not use the coordinator: a seed follows from coordinates alone, and :meth:`check_streams` compares.
+
+        Args:
+            mesh: a DeviceMesh with named dimensions; None in a job of one process.
+            seed: any int; the same on every rank.
+            streams: name of each stream to the dimensions over which it differs.
+            aliases: further names of mesh dimensions: ``{"my_dim": "dp"}``.
+
+        Returns:
+            A handle with ``remove()``.
+
+        Raises:
+            BadStreams, StreamInUse: see :func:`distckpt.ranks.streams.seed_streams`.
+        """
         from distckpt.ranks.streams import seed_streams
 
-        return seed_streams(mesh, seed, **options)
+        return seed_streams(mesh, seed, streams=streams, aliases=aliases)
 
-    def check_streams(self) -> Any:
-        """See :func:`distckpt.ranks.stream_check.check_streams`."""
-        from distckpt.ranks.stream_check import check_streams
+    def check_streams(self) -> list[Checked]:
+        """Draw from a copy of every named stream on every rank and compare. No stream moves. Every rank calls it.
 
-        return check_streams()
+        Returns:
+            One row per stream: ``groups`` are the ranks that draw the same, as the name promises.
 
-    def partition(self, group: Any, **options: Any) -> Any:
-        """See :class:`distckpt.ranks.partition.Partition`."""
+        Raises:
+            StreamsDisagree: on every rank, naming ranks (DC453). RanksMissing, RankFailed: as in :meth:`check`.
+            StreamInUse: on every rank, when one is inside a block (DC451).
+        """
+        from distckpt.ranks.stream_check import compare, drawn
+
+        return compare(exchange.gather(self._ready("check_streams", drawn)))
+
+    def partition(
+        self, group: Any, *, min_bytes: int = 65536, prefetch: bool = True, check: str = "first"
+    ) -> Partition:
+        """A partition: regions keep 1/t of their inputs on each of the t ranks of ``group``.
+
+        It does not use the coordinator: the ranks of ``group`` compare their inputs through the group itself, and
+        :meth:`check` compares a partition's settings as options of the regions that have it.
+
+        Args:
+            group: a process group, or a mesh of one dimension (``mesh["tp"]``).
+            min_bytes: smaller tensors are kept whole; the same on every rank.
+            prefetch: start the gather of the region recorded before the one that is replayed.
+            check: ``"first"``, ``"always"``, ``"leave"`` or ``"never"``: whether inputs are compared over the group.
+
+        Raises:
+            BadPartition: not a group of this rank, or a bad option. See :class:`distckpt.ranks.partition.Partition`.
+        """
         from distckpt.ranks.partition import Partition
 
-        return Partition(group, **options)
+        return Partition(group, min_bytes=min_bytes, prefetch=prefetch, check=check)
 
     def state_dict(self) -> dict[str, Any]:
-        """See :func:`distckpt.ranks.streams.state_dict`."""
-        from distckpt.ranks.streams import state_dict
+        """The states of every random stream on every rank, as plain data. Every rank calls it.
 
-        return state_dict(self)
+        Returns:
+            ``{"version": int, "world": int, "states": bytes}``, equal on all ranks.
+
+        Raises:
+            UnsavableStream: on every rank, when the state of a source is no plain data on one (DC454).
+            StreamInUse: on every rank, when one is inside a block (DC451).
+            RanksMissing, RankFailed: as in :meth:`check`.
+        """
+        from distckpt.ranks.stream_states import own_state, together
+
+        return together(self._ready("state_dict", own_state))
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
-        """See :func:`distckpt.ranks.streams.load_state_dict`."""
-        from distckpt.ranks.streams import load_state_dict
+        """Put this rank's random states back; everything or, after an error, nothing. They are read as data.
 
-        load_state_dict(self, state, strict)
+        It does not use the coordinator: the value holds the states of every rank, so a rank may load it alone.
+
+        Args:
+            state: what :meth:`state_dict` gave, on any rank.
+            strict: refuse a state of another number of ranks, of other streams or of another place in the mesh.
+
+        Raises:
+            WrongState: it does not fit, and why (DC455). StreamInUse: inside a block of a stream (DC451).
+        """
+        from distckpt.ranks.stream_states import load_state_dict
+
+        load_state_dict(state, strict)
+
+    def _ready(self, topic: str, work: Callable[[], T]) -> T:
+        """Do ``work`` before a gather through the process group; where there is none, this rank is alone."""
+        return work() if exchange.world() == 1 else self._together(topic, work)

@@ -91,6 +91,21 @@ class CollectivesDiffer(DistckptError):
     code = "DC412"
 
 
+# what happens on one rank, told to all
+
+
+class RankFailed(DistckptError):
+    """A rank met an error that is none of distckpt's while all ranks wait for it."""
+
+    code = "DC413"
+
+
+class ModelsDiffer(DistckptError):
+    """Ranks of one stage have models that differ in their modules or parameters."""
+
+    code = "DC414"
+
+
 def by_code(code: str) -> type[DistckptError]:
     """The error class that a code stands for; the base class when this process has not loaded it."""
     classes = [DistckptError]

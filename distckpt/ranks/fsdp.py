@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ class _AsUnits:
 
 AS_UNITS: Any = _AsUnits()
 
-_REGION_OPTIONS = tuple(inspect.signature(apply).parameters)[2:]
+_REGION_OPTIONS = tuple(
+    name for name, p in inspect.signature(apply).parameters.items() if p.kind is p.KEYWORD_ONLY
+)
 
 
 class Sharded:
@@ -150,11 +153,14 @@ def _split(
     ):
         unknown = [name for name in given if name not in allowed]
         if unknown:
+            near = [m for name in unknown for m in get_close_matches(name, allowed, n=1)]
+            meant = f"did you mean {', '.join(near)}? otherwise " if near else ""
             raise UnknownOption(
                 f"coord.fully_shard has no option {', '.join(unknown)}",
                 where=where,
                 why=f"torch {torch.__version__} shards with {', '.join(known)}"
                 + ("" if where else f"; regions take {', '.join(_REGION_OPTIONS)}"),
+                fix=f"{meant}leave it out, or use a name that is listed",
             )
     for_units = {name: value for name, value in options.items() if name in known}
     return for_units, {name: value for name, value in options.items() if name not in known}

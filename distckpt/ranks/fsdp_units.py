@@ -5,6 +5,7 @@ Everything here looks and complains. Nothing changes the model, because FSDP2 ca
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -213,6 +214,12 @@ def rehearse(units: list[Unit]) -> None:
         place = options.get("shard_placement_fn")
         if callable(place):
             options["shard_placement_fn"] = lambda p, place=place, real=real: place(real[p])
+        policy = options.get("mp_policy")
+        override = getattr(policy, "param_dtype_override_fn", None)  # torch 2.15 and later
+        if policy is not None and callable(override):
+            options["mp_policy"] = dataclasses.replace(
+                policy, param_dtype_override_fn=lambda p, override=override, real=real: override(real[p])
+            )
         try:
             fully_shard(scratch, **options)
         except Exception as error:

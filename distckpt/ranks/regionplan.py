@@ -22,7 +22,8 @@ from distckpt.ranks.errors import BadPlan
 VERSION = 1
 Regions = Mapping[str, Any]  # dotted name -> {"by": what made it a region, "options": {...}}
 
-_WRAPPERS = frozenset({"_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"})
+# Where a wrapper module of torch's keeps the module that it wraps.
+WRAPPED = frozenset({"_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"})
 _NAMED = (FunctionType, BuiltinFunctionType, MethodType, type)
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -102,8 +103,13 @@ def regions_of(model: torch.nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         entry = _entry(module)
         if entry is not None:
-            found[".".join(part for part in name.split(".") if part not in _WRAPPERS)] = entry
+            found[without_wrappers(name)] = entry
     return found
+
+
+def without_wrappers(name: str) -> str:
+    """A module's dotted name as it is without the wrappers around it and its parents."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
 def _entry(module: torch.nn.Module) -> dict[str, Any] | None:

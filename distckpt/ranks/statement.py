@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from distckpt_backends import get as backend_for
-from distckpt_backends.errors import DistckptError
 
 import distckpt
 from distckpt.engine import streams
 from distckpt.engine.devices import DefaultDeviceType, device_types
 from distckpt.engine.errors import BadOption
 from distckpt.ranks.errors import MixedRankDevices, PlanNotMet, StageMissing
-from distckpt.ranks.meeting import Verdict
-from distckpt.ranks.regionplan import RegionPlan, canonical, describe, differences, digest
+from distckpt.ranks.meeting import Verdict, failed
+from distckpt.ranks.regionplan import RegionPlan, canonical, describe, differences, digest, plain
+from distckpt.ranks.signature import Place, Signature, dimensions
 from distckpt.ranks.world import World
 
 # Mesh dimensions along which the plans are free to differ: each coordinate is a pipeline stage.
@@ -30,17 +30,21 @@ STAGE_DIMENSIONS = ("pp", "pipe", "pipeline", "stage")
 class Statement:
     """The message (:meth:`short`), and what stands behind its hashes (:meth:`long`), sent on disagreement only.
 
-    ``failure`` is what is wrong on this rank already, so that the others raise it too instead of waiting.
+    ``failure`` is what is wrong on this rank already, so that the others raise it too instead of waiting; ``cause`` is
+    the exception behind it, which stays here.
     """
 
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     streams: tuple[str, ...] = ()
     plan: RegionPlan = dataclasses.field(default_factory=lambda: RegionPlan({}))
     given: str | None = None
+    models: Mapping[str, Signature] = dataclasses.field(default_factory=dict)
+    place: Place | None = None
     failure: dict[str, Any] | None = None
+    cause: Exception | None = None
 
     def short(self) -> bytes:
-        """A few hundred bytes: facts, hashes, and one hash per stage that this rank has."""
+        """A few hundred bytes: facts, hashes, and three hashes per stage that this rank has."""
         if self.failure is not None:
             return canonical({"failure": self.failure}).encode()
         said = {
@@ -48,13 +52,49 @@ class Statement:
             "streams": digest(canonical(self.streams)),
             "given": None if self.given is None else digest(self.given),
             "plan": {stage: digest(canonical(regions)) for stage, regions in self.plan.stages.items()},
+            "models": {stage: signature.hashes() for stage, signature in self.models.items()},
+            "place": None if self.place is None else [self.place.structure, self.place.shapes],
         }
         return canonical(said).encode()
 
     def long(self) -> bytes:
-        """Names of the streams, the given plan, and the regions of every stage of this rank."""
+        """Names of the streams, the given plan, and the regions and the signature of every stage of this rank."""
         given = None if self.given is None else json.loads(self.given)["stages"]
-        return canonical({"streams": self.streams, "given": given, "plan": self.plan.stages}).encode()
+        models = {stage: [s.structure, s.shapes] for stage, s in self.models.items()}
+        said = {"streams": self.streams, "given": given, "plan": self.plan.stages, "models": models}
+        return canonical(said).encode()
+
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work(Generic[T]):
+    """What came of some work on this rank: facts that are to be equal over ranks, or what went wrong."""
+
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    failure: dict[str, Any] | None = None
+    cause: Exception | None = None
+    result: T | None = None
+
+    @classmethod
+    def of(cls, work: Callable[[], T], facts: Callable[[T], Mapping[str, Any]]) -> Work[T]:
+        """Do the work. Nothing is raised: the other ranks wait for what this one says."""
+        try:
+            done = work()
+            return cls({name: canonical(plain(value)) for name, value in facts(done).items()}, result=done)
+        except Exception as error:
+            return cls(failure=Verdict.of(failed(error)).error, cause=error)
+
+    @property
+    def done(self) -> T:
+        """What the work returned, where it did not fail."""
+        return cast("T", self.result)
+
+    def short(self) -> bytes:
+        """The message. A plan is as long as somebody wrote it down, so it goes as it is."""
+        said = {"failure": self.failure} if self.failure is not None else {"facts": self.facts}
+        return canonical(said).encode()
 
 
 def collect(
@@ -74,8 +114,8 @@ def collect(
     """
     try:
         world.require_size(world_size, "the coordinator")
-        own = RegionPlan({}) if model is None else own_plan(model, mesh, stage)
         modules = _modules(model)
+        own = RegionPlan({}) if model is None else own_plan(model, mesh, stage)
         device = device_type_of(modules, device_type, rule)
         if plan is not None:
             plan = plan if isinstance(plan, RegionPlan) else RegionPlan.from_json(plan)
@@ -91,15 +131,27 @@ def collect(
             "distckpt": distckpt.__version__,
         }
         names = tuple(sorted(stream.name for stream in streams.registered()))
-        return Statement(facts, names, own, None if plan is None else plan.to_json())
-    except DistckptError as error:
-        return Statement(failure=Verdict.of(error).error)
+        models = {stage: Signature.of(part) for stage, part in zip(own.stages, modules, strict=True)}
+        place = None if mesh is None else Place.in_mesh(mesh)
+        given = None if plan is None else plan.to_json()
+        made = Statement(facts, names, own, given, models, place)
+        made.short()
+        return made
+    except Exception as error:  # the other ranks wait for what this one says, whatever happened to it
+        return Statement(failure=Verdict.of(failed(error)).error, cause=error)
 
 
 def _modules(model: Any) -> list[torch.nn.Module]:
     if model is None:
         return []
-    return [model] if isinstance(model, torch.nn.Module) else list(model.values())
+    parts = list(model.values()) if isinstance(model, Mapping) else [model]
+    for part in parts:
+        if not isinstance(part, torch.nn.Module):
+            raise BadOption(
+                f"check looks at a module or at a mapping of stages to modules, not at {part!r}",
+                fix="coord.check(model), or coord.check({0: first, 4: second}) for several stages on one rank",
+            )
+    return parts
 
 
 def own_plan(model: Any, mesh: Any, stage: Any) -> RegionPlan:
@@ -112,18 +164,19 @@ def own_plan(model: Any, mesh: Any, stage: Any) -> RegionPlan:
             )
         return RegionPlan.of(model)
     if stage is None and mesh is not None:
-        stage = "-".join(str(mesh.get_local_rank(name)) for name in _stage_dimensions(mesh)) or None
+        stage = _stage_in(mesh)
     return RegionPlan.of(model, stage=0 if stage is None else stage)
 
 
+def _stage_in(mesh: Any) -> str | None:
+    names, at = dimensions(mesh), mesh.get_coordinate()
+    if at is None:
+        raise BadOption("this rank is not in the mesh", fix="check with a mesh that every rank is in")
+    return "-".join(str(i) for name, i in zip(names, at, strict=True) if name in STAGE_DIMENSIONS) or None
+
+
 def _stage_dimensions(mesh: Any) -> list[str]:
-    names = mesh.mesh_dim_names
-    if not names:
-        raise BadOption(
-            "a mesh without dimension names does not say which ranks are stages",
-            fix='init_device_mesh(..., mesh_dim_names=("pp", "dp")), or pass stage=',
-        )
-    return [name for name in names if name in STAGE_DIMENSIONS]
+    return [name for name in dimensions(mesh) if name in STAGE_DIMENSIONS]
 
 
 def device_type_of(modules: Iterable[torch.nn.Module], expected: str | None, rule: str) -> str:

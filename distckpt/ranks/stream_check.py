@@ -33,13 +33,29 @@ def check_streams() -> list[Checked]:
         StreamsDisagree: on every rank, naming ranks (DC453).
         StreamInUse: inside a block (DC451).
     """
+    return compare(exchange.gather(drawn()))
+
+
+def drawn() -> dict[str, Any]:
+    """What this rank draws next from each stream, as a digest; no stream moves.
+
+    Raises:
+        StreamInUse: inside a block (DC451).
+    """
     switch.refuse_inside("checked")
-    mine = {
+    return {
         name: (stream.base, stream.coordinates, _draws(stream))
         for name, stream in sorted(switch.now.streams.items())
         if name != DEFAULT
     }
-    everyone = exchange.gather(mine)
+
+
+def compare(everyone: list[dict[str, Any]]) -> list[Checked]:
+    """Hold what every rank has :func:`drawn` against what the names promise.
+
+    Raises:
+        StreamsDisagree: naming ranks (DC453).
+    """
     return [_check(name, everyone) for name in _names(everyone)]
 
 

@@ -6,45 +6,47 @@ Note [One value for all ranks]
     ranks then fails on a missing key before anybody can say why. So every rank gathers the states of all and gives
     the same value: whichever copy is kept, it holds every rank's. It is about 5 KB per rank, stream and device type
     on which something was drawn (16 bytes on CUDA), and a few hundred bytes for a stream that nobody drew from.
+
+Note [A checkpoint is data]
+    What is saved is plain data (``plain_data.py``), not a pickle: whoever can write a checkpoint could otherwise run
+    code in the job that loads it. Version 1 was a pickle, and is not read.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import pickle
 from typing import Any
 
 from distckpt.engine import streams as engine_streams
 from distckpt.engine.rng import Generator
-from distckpt.ranks import exchange
+from distckpt.ranks import exchange, plain_data
+from distckpt.ranks.plain_data import NotPlain
 from distckpt.ranks.streams_errors import UnsavableStream, WrongState
 from distckpt.ranks.switch import DEFAULT, Stream, generators, switch
 
-_VERSION = 1
+_VERSION = 2
 
 
-def state_dict(coordinator: Any = None) -> dict[str, Any]:
-    """The states of every random stream on every rank. A collective: every rank calls it.
-
-    Returns:
-        ``{"version": int, "world": int, "states": bytes}``, equal on all ranks; ``states`` is a pickle of one entry
-        per global rank: its default generators, named streams and registered generators and sources.
+def own_state() -> bytes:
+    """The states of every random stream of this rank, as plain data.
 
     Raises:
-        UnsavableStream: on every rank, when the state of a source cannot be pickled on one (DC454).
+        UnsavableStream: the state of a source is no plain data (DC454).
         StreamInUse: inside a block of a stream (DC451).
     """
     switch.refuse_inside("saved")
-    try:
-        mine: Any = pickle.dumps(_mine())
-    except UnsavableStream as error:
-        mine = error  # the others wait for this rank, so it must not raise alone
+    return plain_data.dumps(_mine())
+
+
+def together(mine: bytes) -> dict[str, Any]:
+    """What every rank has as its :func:`own_state`, as one value. A collective: every rank calls it.
+
+    Returns:
+        ``{"version": int, "world": int, "states": bytes}``, equal on all ranks; ``states`` is plain data, one
+        entry per global rank: its default generators, named streams and registered generators and sources.
+    """
     everyone = exchange.gather(mine)
-    failed = [(rank, found) for rank, found in enumerate(everyone) if isinstance(found, UnsavableStream)]
-    if failed:
-        rank, error = failed[0]
-        raise UnsavableStream(f"rank {rank}: {error.what}", why=error.why, fix=error.fix)
-    return {"version": _VERSION, "world": len(everyone), "states": pickle.dumps(everyone)}
+    return {"version": _VERSION, "world": len(everyone), "states": plain_data.dumps(everyone)}
 
 
 def _mine() -> dict[str, Any]:
@@ -53,12 +55,13 @@ def _mine() -> dict[str, Any]:
     for source in _registered():
         registered[source.name] = source.get_state()
         try:
-            pickle.dumps(registered[source.name])
-        except Exception as error:
+            plain_data.dumps(registered[source.name])
+        except NotPlain as error:
             raise UnsavableStream(
-                f"the state of the registered random stream {source.name!r} cannot be pickled",
-                why=f"{type(error).__name__}: {error}",
-                fix="let get_state() return numbers, strings, tuples, tensors or arrays",
+                f"the state of the registered random stream {source.name!r} is no plain data",
+                why=f"{error}; a checkpoint is read as data, so that nothing in it can run",
+                fix="let get_state() return numbers, strings, bytes, tensors or arrays, and tuples, lists and dicts "
+                "of them",
             ) from error
     named = {
         name: (
@@ -87,12 +90,11 @@ def _registered() -> list[Any]:
     return [s for s in engine_streams.registered() if s is not switch]
 
 
-def load_state_dict(coordinator: Any, state: dict[str, Any], strict: bool = True) -> None:
+def load_state_dict(state: dict[str, Any], strict: bool = True) -> None:
     """Put this global rank's states back. No communication; loads everything or, after an error, nothing.
 
     Args:
-        coordinator: unused; the facade passes itself.
-        state: what :func:`state_dict` gave, on any rank.
+        state: what :func:`together` gave, on any rank.
         strict: refuse a state of another number of ranks, of other streams or of another place in the mesh. With
             False a named stream continues where the saved stream with its name, seed and coordinates stood, whatever
             rank that was, and one without a counterpart begins at its seed; the default generators and the
@@ -134,20 +136,48 @@ def load_state_dict(coordinator: Any, state: dict[str, Any], strict: bool = True
 
 
 def _open(state: Any) -> list[Any]:
+    """Every rank's entry, read as data."""
     try:
-        version, everyone = state["version"], pickle.loads(state["states"])
-    except Exception as error:
-        raise WrongState(
-            "this is not what coord.state_dict() returns",
-            why=f"{type(error).__name__}: {error}",
-            fix="pass the value that was saved, not a part of it",
-        ) from error
-    if version != _VERSION or state["world"] != len(everyone):
+        version, world, states = state["version"], state["world"], state["states"]
+    except (TypeError, LookupError) as error:
+        raise _not_ours(repr(error)) from error
+    if version != _VERSION:
+        old = version == 1
         raise WrongState(
             f"the random states have version {version}, and this distckpt reads version {_VERSION}",
-            fix="load them with the distckpt that saved them",
+            why="version 1 is a pickle, and to read one is to run what is in it" if old else None,
+            fix="load them with the distckpt that saved them"
+            + (", and save them as plain data: only from a source that you trust" if old else ""),
         )
-    return [pickle.loads(one) for one in everyone]
+    try:
+        everyone = [plain_data.loads(one) for one in plain_data.loads(states)]
+        if world != len(everyone) or not all(map(_is_entry, everyone)):
+            raise NotPlain("it is the plain data of something else")
+    except (NotPlain, TypeError) as error:
+        raise _not_ours(str(error)) from error
+    return everyone
+
+
+def _not_ours(why: str) -> WrongState:
+    return WrongState(
+        "this is not what coord.state_dict() returns",
+        why=why,
+        fix="pass the value that was saved, not a part of it",
+    )
+
+
+def _is_entry(found: Any) -> bool:
+    """Whether the plain data of one rank has the form that :func:`_mine` gives it."""
+    try:
+        parts: list[dict[Any, Any]] = [found[name] for name in ("default", "named", "registered")]
+        named = all(
+            (type(base), type(states)) == (int, dict)
+            and all((type(dim), type(i)) == (str, int) for dim, i in coordinates)
+            for base, coordinates, states in found["named"].values()
+        )
+        return named and all(type(p) is dict and all(type(key) is str for key in p) for p in parts)
+    except (TypeError, ValueError, LookupError, AttributeError):
+        return False
 
 
 def _named(everyone: list[Any], mine: Any, strict: bool) -> dict[str, Stream]:

@@ -29,8 +29,6 @@ from distckpt import _torch_dist
 from distckpt._torch import call_without_dynamo, dynamo_callback, opaque_to_dynamo
 from distckpt.engine import streams as engine_streams
 from distckpt.ranks import exchange
-from distckpt.ranks.stream_states import load_state_dict as load_state_dict
-from distckpt.ranks.stream_states import state_dict as state_dict
 from distckpt.ranks.streams_errors import BadStreams
 from distckpt.ranks.switch import DEFAULT, Frame, Stream, switch
 

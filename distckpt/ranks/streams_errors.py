@@ -32,7 +32,7 @@ class StreamsDisagree(DistckptError):
 
 
 class UnsavableStream(DistckptError):
-    """The state of a registered source cannot be pickled."""
+    """The state of a registered source is no plain data."""
 
     code = "DC454"
 

@@ -141,12 +141,12 @@ def _shapes(args: Any) -> list[str]:
     return found
 
 
-def _judge_order(messages: dict[int, bytes], texts: dict[int, bytes]) -> Verdict:
+def _judge_order(messages: dict[int, bytes], texts: dict[int, bytes] | None) -> Verdict:
     said = {rank: json.loads(message) for rank, message in messages.items()}
     return _first_difference({rank: (before, pending) for rank, (before, pending) in said.items()})
 
 
-def _judge_end(messages: dict[int, bytes], texts: dict[int, bytes]) -> Verdict:
+def _judge_end(messages: dict[int, bytes], texts: dict[int, bytes] | None) -> Verdict:
     said = {rank: json.loads(message) for rank, message in messages.items()}
     groups: dict[tuple[int, ...], dict[int, tuple[int, list[list[str]]]]] = {}
     for rank, lists in said.items():

@@ -44,6 +44,10 @@ class Layout:
         """The forward alone, or None where a forward has no life of its own."""
         return None
 
+    def stages(self) -> nn.Module | dict[int, nn.Module]:
+        """What the ranks compare before they train: the model, or this rank's pipeline stages by number."""
+        return self.model
+
     def block_runs(self) -> int:
         """Executions of block bodies on this rank so far, replays included."""
         return block_runs(self.model)

@@ -12,7 +12,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
-import distckpt as dc
 from launch.errors import BadOption
 from launch.layouts.base import Layout, build
 from launch.layouts.replicas import shard
@@ -67,7 +66,7 @@ class Pipeline(Layout):
         self._schedule = self._make(kind, many, options)
         if mode == "distckpt":
             # One replay per block and micro-batch, made while the gradient is on its way.
-            dc.Coordinator().attach(self._schedule, early_replay=options.early_replay)
+            world.coordinator.attach(self._schedule, early_replay=options.early_replay)
         self._before_backward: Callable[[], None] | None = None
         for stage in self._stages:
             self._tell_of_backward(stage)
@@ -94,6 +93,9 @@ class Pipeline(Layout):
             return backward(*args, **kwargs)
 
         stage.backward_one_chunk = told  # type: ignore[method-assign]
+
+    def stages(self) -> dict[int, nn.Module]:
+        return {stage.stage_index: stage.submod for stage in self._stages}
 
     def step(
         self, inputs: torch.Tensor, targets: torch.Tensor, before_backward: Callable[[], None] | None = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 
@@ -80,15 +82,60 @@ def test_a_fingerprint_changes_with_every_draw_and_with_nothing_else(
     before = cpu.fingerprint()
     torch.get_rng_state()
     torch.ones(3).sin()
-    assert cpu.fingerprint() == before
+    assert not cpu.drawn_since(before)
     draw()
-    assert cpu.fingerprint() != before
+    assert cpu.drawn_since(before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="found on Linux only; elsewhere the state is read")
-def test_the_generators_memory_is_found_and_is_inside_its_own_block() -> None:
+def test_the_generators_memory_is_found_and_is_its_own_to_the_last_byte() -> None:
     assert cpu._memory is not None
-    assert 2520 <= len(cpu._memory) < 2700  # the twister and two cached normals, to the end of the block
+    assert len(cpu._memory) == 2544  # the twister and two cached normals
+
+
+def in_a_new_process(code: str, **environment: str) -> str:
+    path = os.pathsep.join(p for p in sys.path if p)
+    env = {**os.environ, "PYTHONPATH": path, **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def test_an_environment_variable_turns_the_reading_of_generator_memory_off() -> None:
+    code = """
+from distckpt_backends import _torch
+def no(generator): raise AssertionError("looked for")
+_torch.cpu_generator_memory = no
+from distckpt_backends import cpu
+import torch
+before = cpu.fingerprint()
+print(cpu._memory, cpu.drawn_since(before), bool(torch.rand(1)), cpu.drawn_since(before))
+"""
+    assert in_a_new_process(code, DISTCKPT_GENERATOR_MEMORY="0").split() == ["None", "False", "True", "True"]
+
+
+@pytest.mark.parametrize("address", ["0", "8", "(1 << 47) - 4096", "(1 << 64) - 8", "-1", "1 << 70"])
+def test_a_search_at_an_address_that_is_not_there_finds_nothing_and_does_not_crash(address: str) -> None:
+    code = f"""
+import torch
+from distckpt_backends import _torch
+class Elsewhere:
+    _cdata = {address}
+    get_state = torch.default_generator.get_state
+print(_torch.cpu_generator_memory(Elsewhere()))
+"""
+    assert in_a_new_process(code).strip() == "None"
+
+
+def test_memory_that_reaches_beyond_the_generator_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = cpu.cpu_generator_memory
+
+    def longer(generator: torch.Generator) -> object:
+        found = real(generator)
+        return found and (ctypes.c_char * (len(found) + 8)).from_address(ctypes.addressof(found))
+
+    monkeypatch.setattr(cpu, "cpu_generator_memory", longer)
+    assert not cpu._every_draw_shows()
 
 
 def test_memory_that_a_draw_does_not_show_in_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(script: str, *arguments: str) -> str:
+def run(script: str, *arguments: str, status: int = 0) -> str:
     """Run a benchmark script in a process of its own and return what it prints."""
     paths = [str(ROOT), str(ROOT / "backends"), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
@@ -24,7 +25,7 @@ def run(script: str, *arguments: str) -> str:
         timeout=120,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     return done.stdout
 
 
@@ -53,6 +54,24 @@ def test_gpt_block_gives_equal_gradients() -> None:
     assert printed.count("| yes ") == 4
 
 
+def test_the_gpu_script_runs_every_part_small_without_a_gpu() -> None:
+    printed = run("gpu.py", "--device", "cpu", "--no-write")
+    peaks = dict(re.findall(r"^\| (none|torch|dc) +\| (\d+\.\d) ", printed, flags=re.MULTILINE))
+    assert set(peaks) == {"none", "torch", "dc"}
+    assert float(peaks["dc"]) <= float(peaks["torch"]) < float(peaks["none"])
+    assert printed.count("| yes ") == 4
+    for variant in ("default", "rng off", "selective, list", "no_grad"):
+        assert f"| {variant} " in printed
+    assert "3 skipped" in printed or "passed" in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_script_says_in_one_sentence_that_there_is_no_gpu() -> None:
+    printed = run("gpu.py", status=2)
+    assert "no GPU here" in printed
+    assert len(printed.splitlines()) == 1
+
+
 def test_partitioned_inputs_give_equal_gradients_at_half_the_bytes() -> None:
     printed = run("ranks_partition.py", "--rounds", "1", "--tokens", "64", "--no-write")
     assert printed.count("| yes ") == 6
@@ -69,8 +88,8 @@ def test_ranks_check_raises_on_every_rank_and_counts_its_requests() -> None:
     printed = run("ranks_check.py", "--worlds", "2", "3", "--rounds", "2", "--no-write")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()[2:]]
     assert [row[0] for row in rows] == ["2", "3"]
-    assert [row[4] for row in rows] == ["2", "3"]
-    assert [row[5] for row in rows] == ["19", "25"]  # 6 per rank and 7
+    assert [row[6] for row in rows] == ["2", "3"]
+    assert [row[7] for row in rows] == ["20", "26"]  # 6 per rank and 8
 
 
 def test_ranks_fsdp_gathers_no_more_with_our_regions_than_without() -> None:

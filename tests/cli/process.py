@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import ROOT, run
+
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
 
 
@@ -28,15 +29,8 @@ def environment(**changes: str) -> dict[str, str]:
 
 def python(*arguments: object, cwd: Path | None = None, **changes: str) -> subprocess.CompletedProcess[str]:
     """``python ARGUMENTS``."""
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env=environment(**changes),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    command = [sys.executable, *arguments]
+    return run(command, limit=240, environment=environment(**changes), cwd=cwd or Path.cwd())
 
 
 def distckpt(*arguments: object, cwd: Path | None = None, **changes: str) -> subprocess.CompletedProcess[str]:

@@ -7,6 +7,7 @@ import argparse
 import pytest
 
 from distckpt.cli.arguments import WIDTH, Usage, parse, parser
+from distckpt.cli.errors import BadUsage
 from distckpt.cli.main import main
 
 from .process import distckpt, python
@@ -49,6 +50,28 @@ def test_help_imports_no_torch(arguments: list[str]) -> None:
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def test_wrong_arguments_import_no_torch_and_are_the_line_of_the_coded_error() -> None:
+    code = (
+        "import sys; from distckpt.cli.main import main\n"
+        "assert main([]) == 2 and main(['doctor', '--jsn']) == 2\n"
+        "assert not {'torch', 'distckpt_backends'} & set(sys.modules)"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    usage = Usage("this", "that")
+    assert usage.line() == BadUsage(usage.what, fix=usage.fix).line()
+
+
+def test_torchs_words_about_numpy_are_not_what_a_command_prints() -> None:
+    done = python(
+        *("-W", "default", "-c"),
+        "import sys; sys.modules['numpy'] = None\n"
+        "from distckpt.cli.main import main; main(['doctor', '--no-self-test'])",
+    )
+    assert done.stdout.startswith("distckpt ")
+    assert "NumPy" not in done.stderr
 
 
 def test_a_name_of_the_library_is_there_when_it_is_asked_for() -> None:

@@ -43,7 +43,8 @@ def test_the_report_says_what_is_here_and_ends_with_the_next_command(
     assert first.startswith(
         f"distckpt 0.1.0   python {machine.versions()['python']}   torch {torch.__version__}"
     )
-    assert [line for line in whole.stdout.splitlines() if line[:1].isupper()][:4] == [
+    assert [line for line in whole.stdout.splitlines() if line[:1].isupper()][:5] == [
+        "Torch",
         "Devices",
         "Launch",
         "Neighbours",

@@ -77,8 +77,8 @@ def test_the_trainers_switch_is_named_as_this_transformers_calls_it(
     installed["transformers"] = version
     ((status, text),) = read()
     assert (status, text) == (
-        "warn",
-        f"TrainingArguments({flag}=True) replaces our function when train() starts",
+        "ok",  # advice: nothing here says that it is on
+        f"leave TrainingArguments({flag}=) at False where you use dc.apply: it replaces our function",
     )
 
 

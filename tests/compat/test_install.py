@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint as torchs
+from distckpt_backends.errors import DistckptError
 from torch import nn
 
 import distckpt.compat.checkpoint  # noqa: F401
@@ -150,6 +151,75 @@ def test_a_partial_made_before_reaches_our_engine(reentrant: bool) -> None:
         assert "torch.utils.checkpoint" not in type(out.grad_fn).__module__
         assert reentrant or regions_of(lambda: held(torch.sin, x)) == 1
         out.sum().backward()
+
+
+def test_a_wrapper_applied_before_reaches_our_engine() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    wrapped = checkpoint_wrapper(nn.Linear(4, 4))
+    x = torch.randn(2, 4, requires_grad=True)
+    assert regions_of(lambda: wrapped(x)) == 0
+    with install():
+        assert regions_of(lambda: wrapped(x)) == 1
+    assert regions_of(lambda: wrapped(x)) == 0
+
+
+def test_a_function_decorated_before_reaches_our_engine() -> None:
+    if torch.__version__.split("+")[0] < "2.15":
+        pytest.skip("torch's decorator form came with 2.15")
+    held = torchs.checkpoint(use_reentrant=False)(torch.sin)
+    x = torch.randn(3, requires_grad=True)
+    with install():
+        assert regions_of(lambda: held(x)) == 1
+    assert regions_of(lambda: held(x)) == 0
+
+
+def test_an_installation_that_torchs_engine_survives_raises_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before, regions = snapshot(), counters.regions
+    # As with a torch whose `checkpoint` opens its regions by a function that we do not know.
+    monkeypatch.setattr(importlib.import_module("distckpt.compat.install"), "_PRIVATE", ())
+    with pytest.raises(DistckptError, match=r"DC209.*checkpoint\(use_reentrant=False\)") as caught:
+        install()
+    assert "use_reentrant=True" not in str(caught.value)
+    assert snapshot() == before
+    assert counters.regions == regions
+    monkeypatch.undo()
+    with install():
+        assert torchs.checkpoint is compat.checkpoint
+    assert snapshot() == before
+
+
+def test_an_inner_installation_that_fails_leaves_the_outer_one_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    late = types.ModuleType("late_module")
+    late.checkpoint = original = torchs.checkpoint  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "late_module", late)
+
+    def broken(fn: Any, *args: Any, **options: Any) -> Any:
+        raise TypeError("another signature")
+
+    with install() as outer:
+        late.checkpoint = original  # type: ignore[attr-defined]
+        before, names = snapshot(), outer.replaced()
+        with monkeypatch.context() as patch:
+            patch.setattr(importlib.import_module("distckpt.compat.install"), "original_checkpoint", broken)
+            with pytest.raises(DistckptError, match="DC209") as caught:
+                install()
+        assert isinstance(caught.value.__cause__, TypeError)
+        assert snapshot() == before
+        assert outer.replaced() == names
+    assert torchs.checkpoint is original
+
+
+def test_the_proof_of_an_installation_runs_under_none_of_the_callers_modes_and_counts_nothing() -> None:
+    state, regions = torch.get_rng_state(), counters.regions
+    with torch.inference_mode(), torch.device("meta"), compat.set_checkpoint_debug_enabled(True):
+        install().remove()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert counters.regions == regions
 
 
 def test_installations_nest_and_each_handle_counts_once() -> None:

@@ -252,3 +252,74 @@ def test_attention_replays_with_the_kernel_it_was_recorded_with(kernel: SDPBacke
         return out, q.grad
 
     exact(program)
+
+
+def dtype_and_back(inner: Any) -> Any:
+    torch.set_default_dtype(torch.float64)
+    inner()
+    torch.set_default_dtype(torch.float32)
+
+
+def deterministic_and_back(inner: Any) -> Any:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    inner()
+    torch.use_deterministic_algorithms(False)
+
+
+def attention_and_back(inner: Any) -> Any:
+    torch.backends.cuda.enable_flash_sdp(False)
+    inner()
+    torch.backends.cuda.enable_flash_sdp(True)
+
+
+def autocast_and_back(inner: Any) -> Any:
+    torch.set_autocast_enabled("cpu", True)
+    inner()
+    torch.set_autocast_enabled("cpu", False)
+
+
+def device_and_back(inner: Any) -> Any:
+    torch.set_default_device("meta")
+    inner()
+    torch.set_default_device(None)
+
+
+SETTERS = [dtype_and_back, deterministic_and_back, attention_and_back, autocast_and_back, device_and_back]
+
+
+@pytest.mark.parametrize("around", ["nothing", "default dtype", "autocast in half", "device context"])
+@pytest.mark.parametrize("setter", SETTERS)
+def test_a_state_that_a_function_sets_and_puts_back_at_its_end_is_as_it_was_after_an_early_stop(
+    setter: Any, around: str
+) -> None:
+    def fn(t: torch.Tensor) -> torch.Tensor:
+        found: list[torch.Tensor] = []
+        setter(lambda: found.append(t.sin()))
+        return found[0]
+
+    out = dc.checkpoint(fn, leaf(4))
+    with STATES[around]():
+        before = flags()
+        out.backward(torch.ones(4, device="cpu", dtype=torch.float32))
+        assert flags() == before
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.fx._symbolic_trace, "_get_is_fx_tracing"),
+    reason="one flag of the process before torch 2.14",
+)
+@pytest.mark.parametrize("in_record", [True, False])
+def test_a_replay_sees_whether_fx_was_tracing_in_its_forward(in_record: bool) -> None:
+    fx = torch.fx._symbolic_trace
+    seen: list[bool] = []
+
+    def fn(t: torch.Tensor) -> torch.Tensor:
+        seen.append(fx._get_is_fx_tracing())
+        return t.sin().exp()
+
+    with fx._is_fx_tracing_context(in_record):
+        out = dc.checkpoint(fn, leaf(4))
+    with fx._is_fx_tracing_context(not in_record):
+        out.sum().backward()
+        assert fx._get_is_fx_tracing() is not in_record
+    assert seen == [in_record, in_record]

@@ -152,3 +152,19 @@ def test_meta_inputs_need_no_device_and_no_state() -> None:
 
 def test_the_rules_for_two_accelerator_types_in_one_call() -> None:
     run_pair_file(Path(__file__).with_name("pair_rules.py"))
+
+
+def test_a_device_generator_that_a_region_puts_back_is_where_plain_autograd_leaves_it(
+    lazy: FakeModule,
+) -> None:
+    def fn(t: torch.Tensor) -> torch.Tensor:
+        lazy.default_generators[0].manual_seed(5)
+        return (t * torch.rand(64, device="lazy:0")).sin() + torch.rand(64, device="lazy:0")
+
+    def program(region: Region) -> Any:
+        x = on("lazy:0", lazy)
+        outs = [region(fn, x) for _ in range(2)]
+        grads = [torch.autograd.grad(out.sum(), x)[0] for out in reversed(outs)]
+        return [*outs, *grads, torch.rand(3, device="lazy:0")]
+
+    exact(program)

@@ -358,3 +358,20 @@ def test_checkpoint_sequential_is_exact_and_leaves_the_last_part_alone() -> None
     (expected, _), (found, counts) = counted(lambda: program(plain)), counted(lambda: program(ours))
     assert all(same_bits(a, b) for a, b in zip(expected, found, strict=True))
     assert (counts.regions, counts.replays) == (1, 1)
+
+
+def through_vmap(x: torch.Tensor) -> torch.Tensor:
+    out = torch.vmap(lambda t: dc.checkpoint(lambda u: u.sin().exp().sin(), t))(x)
+    return torch.autograd.grad(out.sum(), x)[0]
+
+
+def batched_with_dropout(x: torch.Tensor) -> torch.Tensor:
+    out = dc.checkpoint(lambda t: torch.nn.functional.dropout(t.sin(), 0.5) * t, x)
+    return torch.autograd.grad(out, x, torch.eye(4), is_grads_batched=True)[0]
+
+
+@pytest.mark.parametrize("gradient", [through_vmap, batched_with_dropout])
+def test_a_gradient_that_would_replay_a_region_under_another_vmap_is_refused(gradient: Any) -> None:
+    with pytest.raises(dc.CheckpointError) as caught:
+        gradient(leaf(4))
+    assert caught.value.code == "DC129"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
+import threading
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import distckpt as dc
 from distckpt.engine import rng
 from distckpt.engine.errors import DrawMismatch, StreamError, ValueMismatch
 
-from .exact import Region, exact, leaf
+from .exact import Region, exact, leaf, plain, same_bits
 
 
 def drop(x: torch.Tensor) -> torch.Tensor:
@@ -237,6 +239,166 @@ def test_a_gradient_taken_inside_a_region_draws_the_forward_mask() -> None:
         return out, x.grad
 
     exact(program)
+
+
+def seeds_itself(t: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(5)
+    return (t * torch.rand(6)).sin() + torch.rand(6)
+
+
+def forks(t: torch.Tensor) -> torch.Tensor:
+    with torch.random.fork_rng():
+        t = (t * torch.rand(6)).sin()
+        torch.rand(3)
+    return t + 1
+
+
+def puts_back(t: torch.Tensor) -> torch.Tensor:
+    state = torch.get_rng_state()
+    t = (t * torch.rand(6)).sin()
+    torch.rand(3)
+    torch.set_rng_state(state)
+    return t + 1
+
+
+@pytest.mark.parametrize("fn", [seeds_itself, forks, puts_back])
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("engine", ["dc", "compat"])
+def test_a_region_that_seeds_itself_or_puts_the_state_back_leaves_the_generator_as_plain_autograd_does(
+    fn: Any, order: int, engine: str
+) -> None:
+    """Its record ends in the state that it began with, as if it had drawn nothing; the replay stops half way."""
+
+    def program(region: Region) -> Any:
+        x = leaf(6)
+        options = {"use_reentrant": False} if engine == "compat" and region is not plain else {}
+        outs = [region(fn, x, **options) for _ in range(2)]
+        grads = [torch.autograd.grad(out.sum(), x)[0] for out in outs[::order]]
+        return [*outs, *grads, torch.rand(3)]
+
+    torch.manual_seed(0)
+    want = program(plain)
+    torch.manual_seed(0)
+    found = program(dc.checkpoint if engine == "dc" else dc.compat.checkpoint)
+    assert all(map(same_bits, want, found))
+
+
+def test_a_registered_generator_that_a_region_puts_back_is_where_plain_autograd_leaves_it() -> None:
+    def program(region: Region) -> Any:
+        router = torch.Generator().manual_seed(3)
+
+        def fn(t: torch.Tensor) -> torch.Tensor:
+            router.manual_seed(4)
+            return (t * torch.rand(6, generator=router)).sin() + torch.rand(6, generator=router)
+
+        with dc.rng.register("router", router):
+            x = leaf(6)
+            outs = [region(fn, x) for _ in range(2)]
+            grads = [torch.autograd.grad(out.sum(), x)[0] for out in reversed(outs)]
+        return [*outs, *grads, torch.rand(3, generator=router)]
+
+    exact(program)
+
+
+class OnlyOnce(torch.nn.Module):
+    """A parameter made in the first forward, as lazy modules do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "weight"):
+            self.weight = torch.nn.Parameter(torch.randn(6))
+        return (x * self.weight).sin()
+
+
+def lazy_layer() -> Any:
+    return torch.nn.LazyLinear(6)
+
+
+def cached_mask() -> Any:
+    mask = functools.cache(lambda n: torch.rand(n))
+    return lambda x: (x * mask(6)).sin()
+
+
+@pytest.mark.parametrize("make", [lazy_layer, OnlyOnce, cached_mask])
+def test_a_replay_that_draws_fewer_numbers_than_the_forward_is_refused_under_early_stop(make: Any) -> None:
+    first = make()
+    out = dc.checkpoint(lambda x: F.dropout(first(x), 0.5) * x, leaf(4, 6))
+    after = torch.get_rng_state()
+    with pytest.raises(DrawMismatch) as caught:
+        out.sum().backward()
+    assert caught.value.code == "DC104"
+    assert torch.equal(after, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("make", [lazy_layer, OnlyOnce, cached_mask])
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_a_replay_that_draws_nothing_is_exact_although_the_forward_drew(make: Any, early_stop: bool) -> None:
+    def program(region: Region) -> Any:
+        first = make()
+        x = leaf(4, 6)
+        out = region(lambda t: first(t).sin() * t, x)
+        out.sum().backward()
+        return out, x.grad
+
+    exact(program, early_stop=early_stop)
+
+
+def test_a_replay_that_draws_although_the_forward_did_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rng, "_alone", lambda: True)  # the test runner may have threads of its own
+    kept = torch.ones(6)
+    out = dc.checkpoint(lambda x: (x * (torch.rand(6) if dc.is_recomputing() else kept)).sin(), leaf(6))
+    before = torch.get_rng_state()
+    with pytest.raises(DrawMismatch):
+        out.sum().backward()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_draw_of_another_thread_during_a_replay_that_draws_nothing_is_neither_refused_nor_undone() -> None:
+    def fn(t: torch.Tensor) -> torch.Tensor:
+        t = t.sin()
+        if dc.is_recomputing():
+            other = threading.Thread(target=drawn.append, args=(torch.rand(3),))
+            other.start()
+            other.join()
+        return t.exp().sin()
+
+    drawn: list[torch.Tensor] = []
+    x = leaf(6)
+    torch.manual_seed(0)
+    want = torch.rand(5)
+    torch.manual_seed(0)
+    stay = threading.Event()
+    another = threading.Thread(target=stay.wait)
+    another.start()
+    try:
+        dc.checkpoint(fn, x).sum().backward()
+    finally:
+        stay.set()
+        another.join()
+    assert torch.equal(x.grad, torch.autograd.grad(x.sin().exp().sin().sum(), x)[0])
+    assert torch.equal(torch.cat([drawn[0], torch.rand(2)]), want)
+
+
+def draws_after_the_last_save(t: torch.Tensor) -> torch.Tensor:
+    t = F.dropout(t, 0.5).sin()
+    return t + torch.rand(64)
+
+
+def draws_in_a_dead_tail(t: torch.Tensor) -> torch.Tensor:
+    t = F.dropout(t, 0.5).sin()
+    F.dropout(t.detach().requires_grad_(), 0.5).exp()  # its graph is gone at once
+    return t
+
+
+@pytest.mark.parametrize("fn", [draws_after_the_last_save, draws_in_a_dead_tail])
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_draws_behind_the_last_value_that_is_needed_are_no_mismatch(fn: Any, early_stop: bool) -> None:
+    def program(region: Region) -> Any:
+        x = leaf(64)
+        out = region(fn, x).sum()
+        grads = [torch.autograd.grad(out, x, retain_graph=True)[0] for _ in range(2)]
+        return [*grads, torch.rand(3)]
+
+    exact(program, early_stop=early_stop)
 
 
 def test_a_region_without_random_operators_after_one_with_them_reuses_its_state(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +15,7 @@ import torch.nn.functional as F
 
 import distckpt as dc
 
-from .exact import leaf
+from .exact import Region, leaf, plain, same_bits
 
 
 def together(*jobs: Callable[[], Any]) -> list[Any]:
@@ -144,3 +147,136 @@ def test_context_variables_travel_to_a_replay_on_another_thread() -> None:
     tenant.reset(token)
     together(out.backward)
     assert seen == ["somebody", "somebody"]
+
+
+def drop(t: torch.Tensor) -> torch.Tensor:
+    return F.dropout(t.sin(), 0.5) * F.dropout(t, 0.5)
+
+
+@pytest.mark.parametrize("shared", ["default generator", "registered generator"])
+def test_replays_that_draw_from_one_generator_on_two_threads_take_turns(shared: str) -> None:
+    """The second replay comes between two draws of the first, and lets it finish; without turns the second draw of
+    the first is one of the second's."""
+    own = torch.Generator().manual_seed(3) if shared == "registered generator" else None
+    inside = [threading.Event(), threading.Event()]
+    first_is_done = threading.Event()
+
+    def fn(me: int, t: torch.Tensor) -> torch.Tensor:
+        t = t.sin() * (torch.rand(64, generator=own) > 0.5)
+        if dc.is_recomputing():
+            inside[me].set()
+            (first_is_done if me else inside[1]).wait(0.5)
+        return t.sin() * (torch.rand(64, generator=own) > 0.5)
+
+    def program(region: Region, both: Callable[..., Any]) -> list[Any]:
+        torch.manual_seed(0)
+        xs = [leaf(64, seed=i) for i in range(2)]
+        outs = [region(functools.partial(fn, i), x).sum() for i, x in enumerate(xs)]
+        grads = [functools.partial(torch.autograd.grad, o, x) for o, x in zip(outs, xs, strict=True)]
+        return [*(g for (g,) in both(*grads)), torch.rand(3, generator=own)]
+
+    def interleaved(first: Callable[[], Any], second: Callable[[], Any]) -> list[Any]:
+        def run_first() -> Any:
+            try:
+                return first()
+            finally:
+                first_is_done.set()
+
+        def run_second() -> Any:
+            assert inside[0].wait(20)
+            return second()
+
+        return together(run_first, run_second)
+
+    with dc.rng.register("own", own) if own is not None else contextlib.nullcontext():
+        want = program(plain, lambda *jobs: [job() for job in jobs])
+        if own is not None:
+            own.manual_seed(3)
+        found = program(dc.checkpoint, interleaved)
+    assert all(map(same_bits, want, found))
+    assert all(event.is_set() for event in inside)
+
+
+def test_replays_that_draw_from_different_generators_do_not_wait_for_each_other() -> None:
+    """A rank per thread, each with its generator, may wait for the others in the middle of a region."""
+    meeting = threading.Barrier(2)
+
+    def job(i: int) -> Callable[[], Any]:
+        own = torch.Generator().manual_seed(i)
+
+        def fn(t: torch.Tensor) -> torch.Tensor:
+            t = t.sin() * torch.rand(8, generator=own)
+            if dc.is_recomputing():
+                meeting.wait(20)  # broken, and an error, if only one of the two can get here
+            return t.sin()
+
+        with dc.rng.register(f"rank {i}", own):
+            out = dc.checkpoint(fn, leaf(8)).sum()
+        return out.backward
+
+    together(job(0), job(1))
+
+
+def test_a_replay_on_another_thread_of_a_backward_inside_a_replay_does_not_wait_for_it() -> None:
+    """Gradients nested more than 60 deep: autograd changes threads, and each of these replays draws."""
+    threads: set[int] = set()
+    found: dict[int, list[float]] = {}
+    calls: collections.Counter[int] = collections.Counter()
+
+    def block(t: torch.Tensor, then: Callable[[], None] = lambda: None) -> torch.Tensor:
+        t = F.dropout(t, 0.5).sin()
+        then()
+        return F.dropout(t, 0.5).sin()
+
+    def nested(depth: int, t: torch.Tensor) -> torch.Tensor:
+        calls[depth] += 1
+        return block(t, functools.partial(deeper, depth) if calls[depth] == 2 and depth else lambda: None)
+
+    def deeper(depth: int) -> None:  # inside a replay
+        threads.add(threading.get_ident())
+        with torch.random.fork_rng():
+            found[depth - 1] = gradient(dc.checkpoint, functools.partial(nested, depth - 1), depth - 1)
+
+    def gradient(region: Region, fn: Any, seed: int) -> list[float]:
+        torch.manual_seed(seed)
+        x = leaf(8)
+        (grad,) = torch.autograd.grad(region(fn, x).sum(), x)
+        return [*grad.tolist(), *torch.rand(3).tolist()]
+
+    [found[70]] = together(lambda: gradient(dc.checkpoint, functools.partial(nested, 70), 70))
+    assert found == {depth: gradient(plain, block, depth) for depth in range(71)}
+    assert len(threads) > 1
+
+
+def test_a_thread_that_has_a_turn_does_not_wait_for_a_region_that_waits_for_that_turn() -> None:
+    """Two threads whose regions take gradients through earlier ones, in opposite order of what they wait for."""
+    first_inside, second_inside = threading.Event(), threading.Event()
+    y = leaf(8)
+    x = dc.checkpoint(drop, y).sum()
+
+    def through_x(t: torch.Tensor) -> torch.Tensor:  # draws nothing; its replay replays `x`, which draws
+        if dc.is_recomputing():
+            second_inside.set()
+            first_inside.wait(2)
+        return t.sin() * torch.autograd.grad(x, y, retain_graph=True)[0]
+
+    n_in = leaf(8, seed=2)
+    n = dc.checkpoint(through_x, n_in).sum()
+
+    def through_n(t: torch.Tensor) -> torch.Tensor:
+        t = F.dropout(t, 0.5)
+        if dc.is_recomputing():
+            first_inside.set()
+            second_inside.wait(2)
+        return t.sin() * torch.autograd.grad(n, n_in, retain_graph=True)[0]
+
+    o_in = leaf(8, seed=3)
+    torch.manual_seed(0)
+    o = dc.checkpoint(through_n, o_in).sum()
+    found = together(
+        lambda: torch.autograd.grad(o, o_in), lambda: torch.autograd.grad(n, n_in, retain_graph=True)
+    )
+    torch.manual_seed(0)
+    want = torch.autograd.grad(through_n(o_in).sum(), o_in)
+    assert torch.equal(found[0][0], want[0])
+    assert torch.equal(found[1][0], torch.autograd.grad(n, n_in)[0])

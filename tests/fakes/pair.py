@@ -9,13 +9,12 @@ A file `pair_<noun>.py` holds ordinary tests with the fixtures `lazy` and `fake`
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import ROOT, run
 
 
 def why_no_pair() -> str | None:
@@ -34,7 +33,7 @@ def run_pair_file(path: Path, *, timeout: float = 120.0) -> None:
     if reason is not None:
         pytest.skip(reason)
     search = os.pathsep.join([str(ROOT), str(ROOT / "backends"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
+    done = run(
         [
             sys.executable,
             "-m",
@@ -46,11 +45,8 @@ def run_pair_file(path: Path, *, timeout: float = 120.0) -> None:
             "no:cacheprovider",
             str(path),
         ],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": search},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
+        environment={**os.environ, "PYTHONPATH": search},
+        limit=timeout,
     )
     if done.returncode != 0:
         pytest.fail(f"{path.name} failed in its own process:\n{done.stdout[-6000:]}\n{done.stderr[-2000:]}")

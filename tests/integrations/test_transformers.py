@@ -66,6 +66,20 @@ def test_checkpoint_through_the_supported_hook_is_bit_equal(name: str) -> None:
     assert counters.regions - before == LAYERS[name]
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_that_was_enabled_before_the_installation_reaches_our_engine(reentrant: bool) -> None:
+    model = without_cache(build("llama"))
+    expected = step(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    before = counters.regions
+    assert same(step(model), expected)
+    assert counters.regions == before
+    with dc.compat.install():
+        assert same(step(model), expected)
+    assert counters.regions - before == LAYERS["llama"]
+
+
 def test_tensors_that_arrive_inside_a_partial_are_inputs_of_the_region() -> None:
     model = build("llama")
     model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=dc.checkpoint)

@@ -7,25 +7,25 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import ROOT, run
+
+__all__ = ["ROOT", "SMALL", "cells", "needs_cli", "torchrun"]
+
 needs_cli = pytest.mark.skipif(
     importlib.util.find_spec("tyro") is None, reason="launch/ needs the cli extra: pip install -e '.[cli]'"
 )
 SMALL = ["--layers", "2", "--width", "32", "--context", "16", "--batch", "2"]
 
 
-def torchrun(*arguments: object, ranks: int = 2, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def torchrun(*arguments: object, ranks: int = 2, limit: float = 120) -> subprocess.CompletedProcess[str]:
     """Run launch/train.py on a small model; a free port is torchrun's to find."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command += ["launch/train.py", *SMALL, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    return run(command, limit=limit, environment=environment)
 
 
 def cells(output: str, row: str) -> list[str]:

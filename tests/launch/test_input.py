@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ import pytest
 pytest.importorskip("tyro", reason="launch/ needs the cli extra: pip install -e '.[cli]'")
 
 from launch.app import BAD_INPUT, run
-from launch.state import NOTE
+from launch.folder import NOTE
+from tests.launch.job import ROOT
 
 # torch 2.9's own torch.distributed.checkpoint says this when it writes.
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
@@ -32,6 +35,10 @@ SMALL = ["--layers", "1", "--width", "8", "--context", "8", "--ckpt", "none"]
         ),
         (["--dropout", "1"], ["DC501", "below 1"]),
         (["--lr", "0"], ["DC501", "above 0"]),
+        (["--lr", "nan"], ["DC501", "--lr is nan", "above 0"]),
+        (["--lr", "inf"], ["DC501", "--lr is inf", "above 0"]),
+        (["--dropout", "nan"], ["DC501", "--dropout is nan", "below 1"]),
+        (["--seed", str(10**30)], ["DC501", "at most 12 digits"]),
         (["--save-every", "2"], ["DC501", "--save FOLDER"]),
         (["--save-every", "-1"], ["DC501", "0 to save at the end"]),
         (["--compare", "--resume", "x"], ["DC501", "leave out --save and --resume"]),
@@ -96,3 +103,19 @@ def test_a_folder_that_was_not_written_to_the_end_is_no_checkpoint(
     (tmp_path / "step-000002" / NOTE).unlink()
     assert run([*SMALL, "--steps", "2", "--resume", str(tmp_path)]) == 0
     assert "step-000001 after 1 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("missing", ["tyro", "plotille", "rich", "torch"])
+@pytest.mark.parametrize("script", ["train.py", "dryrun.py"])
+def test_without_a_package_help_is_there_or_one_line_with_the_fix(script: str, missing: str) -> None:
+    block = f"import runpy, sys; sys.modules['{missing}'] = None; sys.argv = sys.argv[1:]; "
+    command = [sys.executable, "-c", block + "runpy.run_path(sys.argv[0], run_name='__main__')"]
+    done = subprocess.run(
+        [*command, f"launch/{script}", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode == 0:
+        assert "usage: " in done.stdout
+        return
+    assert done.returncode == BAD_INPUT
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"launch/{script}: [DC500] {missing} is not installed: pip install ")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,18 +13,20 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.launch.job import ROOT, SMALL, cells, needs_cli, torchrun
+from launch.folder import number, steps
+from tests.launch.job import SMALL, cells, needs_cli, torchrun
+from tests.processes import Limit, Process, end, started
 
 pytestmark = needs_cli
 
-STEPS = 60
+STEPS = 80
 OPTIONS = [*SMALL, "--steps", str(STEPS)]
 TIMEOUT = 240
 
 
 @contextlib.contextmanager
-def agent(store: dist.TCPStore, run: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """One agent with one rank, of two; it and its rank are gone at the end."""
+def agent(store: dist.TCPStore, run: Path) -> Iterator[Process]:
+    """One agent with one rank, of two."""
     environment = {
         **os.environ,
         "PYTHON": sys.executable,
@@ -36,50 +36,42 @@ def agent(store: dist.TCPStore, run: Path, log: Path) -> Iterator[subprocess.Pop
         "RUN": str(run),
         "SAVE_EVERY": "10",
         # our store serves the rendezvous, so no port is raced for; a dead agent is noticed soon
-        "RDZV_CONF": "is_host=0,join_timeout=200,keep_alive_interval=1",
+        "RDZV_CONF": "is_host=0,join_timeout=1200,keep_alive_interval=1",
     }
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            ["launch/multinode.sh", *OPTIONS], cwd=ROOT, env=environment, stdout=output, stderr=output
-        )
-        try:
-            yield process
-        finally:
-            lose(process)
+    with started(["launch/multinode.sh", *OPTIONS], environment=environment, together=True) as process:
+        yield process
 
 
-def lose(process: subprocess.Popen[bytes]) -> None:
-    """What a machine's power switch does: the agent and its ranks end at once, and say nothing."""
-    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    with contextlib.suppress(OSError):
-        for pid in [process.pid, *map(int, ranks.read_text().split())]:
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
-
-
-def wait_for(path: Path, *logs: Path) -> None:
-    end = time.monotonic() + TIMEOUT
+def wait_for(path: Path) -> None:
+    limit = Limit(TIMEOUT)
     while not path.exists():
-        said = "\n".join(log.read_text() for log in logs)
-        assert time.monotonic() < end, f"no {path.name} in time:\n{said}"
+        assert not limit.over(), f"no {path.name} in time"
         time.sleep(0.02)
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds an agent's ranks in /proc")
-def test_a_run_that_lost_a_machine_goes_on_and_ends_with_the_same_bits(tmp_path: Path) -> None:
-    store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=TIMEOUT), wait_for_workers=False)
-    run, logs = tmp_path / "run", [tmp_path / f"{name}.log" for name in "abc"]
-    with agent(store, run, logs[0]) as first:
-        with agent(store, run, logs[1]) as second:
-            wait_for(run / "step-000010" / "run.json", *logs[:2])
-            lose(second)
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds an agent's ranks in /proc")
+def test_a_run_that_lost_a_machine_and_its_newest_checkpoint_goes_on_and_ends_with_the_same_bits(
+    tmp_path: Path,
+) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(hours=1), wait_for_workers=False)
+    run = tmp_path / "run"
+    with agent(store, run) as first:
+        with agent(store, run) as second:
+            wait_for(run / "step-000020" / "run.json")
+            end(
+                second
+            )  # what a machine's power switch does: the agent and its rank end at once, and say nothing
+        newest = steps(run)[-1]
+        os.truncate(newest / "__1_0.distcp", 100)
         assert first.poll() is None
-        with agent(store, run, logs[2]) as third:
-            codes = first.wait(TIMEOUT), third.wait(TIMEOUT)
-    said = "\n".join(log.read_text() for log in logs)
-    assert codes == (0, 0), said
-    resumed = [log.read_text() for log in logs if "resumed " in log.read_text()]
-    assert len(resumed) == 1, said
+        with agent(store, run) as third:
+            codes = first.within(TIMEOUT), third.within(TIMEOUT)
+    said = [process.printed() for process in (first, second, third)]
+    assert codes == (0, 0), "\n".join(said)
+    assert any(f"[DC503] left out, damaged: {newest}/__1_0.distcp " in log for log in said), "\n".join(said)
+    resumed = [log for log in said if "resumed " in log]
+    assert len(resumed) == 1, "\n".join(said)
+    assert f"resumed {run}/step-{number(newest) - 10:06d} " in resumed[0]
     whole = torchrun("--steps", STEPS)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     for row in ("last loss", "last gradients", "last parameters"):

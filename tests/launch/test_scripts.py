@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.job import ROOT, SMALL, cells, needs_cli, torchrun
+from tests.launch.job import SMALL, cells, needs_cli, torchrun
+from tests.processes import ROOT, run
 
 SCRIPTS = ["train.sh", "multinode.sh", "slurm.sbatch", "tpu_pod.sh"]
 OURS = (
@@ -38,15 +40,7 @@ def launch(
     """Run a script as from a clean shell; ``path`` comes first on PATH."""
     kept = {k: v for k, v in os.environ.items() if k not in OURS and not k.startswith("SLURM_")}
     kept["PATH"] = os.pathsep.join([*([str(path)] if path else []), kept["PATH"]])
-    return subprocess.run(
-        [f"launch/{script}", *arguments],
-        cwd=ROOT,
-        env={**kept, **changes},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    return run([f"launch/{script}", *arguments], environment={**kept, **changes}, limit=200)
 
 
 def printed(script: str, *arguments: str, **changes: str) -> str:
@@ -121,6 +115,42 @@ def test_a_rank_resumes_only_from_a_checkpoint_that_is_complete(tmp_path: Path) 
     assert arguments() == fresh
     (tmp_path / "step-000100" / "run.json").touch()
     assert arguments() == [*fresh[:5], "--resume", str(tmp_path), *fresh[5:]]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_the_usage_and_every_setting_and_needs_nothing(script: str, flag: str) -> None:
+    done = launch(script, flag, PYTHON="false")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"launch/{script}" in done.stdout
+    assert "--print" in done.stdout
+    assert "SBATCH" not in done.stdout
+    source = (ROOT / "launch" / script).read_text()
+    settings = re.findall(r"^([A-Z_]+)=\$\{\1:-", source, re.MULTILINE)
+    assert all(f"\n  {name} (" in done.stdout for name in settings)
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("multinode.sh", "--rdzv-endpoint HEAD:29500"),
+        (
+            "slurm.sbatch",
+            "srun --nodes NNODES --ntasks NNODES --ntasks-per-node 1 --export=ALL launch/multinode.sh",
+        ),
+        ("tpu_pod.sh", "gcloud compute tpus tpu-vm ssh TPU --zone ZONE"),
+    ],
+)
+def test_a_command_is_shown_without_the_clusters_variables_and_tools(script: str, words: str) -> None:
+    assert words in printed(script, "--print")
+
+
+def test_slurm_without_scontrol_is_one_line_with_the_fix() -> None:
+    done = launch("slurm.sbatch", **SLURM)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "launch/slurm.sbatch: there is no scontrol to name the first node: HEAD=node0 sbatch launch/slurm.sbatch ...\n"
+    )
 
 
 def stub(folder: Path, name: str, body: str) -> None:

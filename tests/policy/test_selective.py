@@ -202,6 +202,38 @@ def test_registered_generators_follow_kept_operators_too() -> None:
     )
 
 
+OPTIONS = [{}, {"early_stop": False}, {"determinism_check": "fingerprint"}, {"determinism_check": "bitwise"}]
+
+
+@pytest.mark.parametrize("kept", [aten.mm.default, aten.rand.generator, aten.sin.default])
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("kind", ["generator", "source that runs operators"])
+def test_reading_a_registered_stream_is_no_operator_of_a_selective_region(
+    kept: Any, option: dict[str, Any], kind: str
+) -> None:
+    def program(region: Region) -> Any:
+        router = torch.Generator().manual_seed(3)
+        x, w = leaf(8, 8), leaf(8, 8, seed=2)
+
+        def fn(x: torch.Tensor) -> torch.Tensor:
+            return ((x @ w) * torch.rand(8, generator=router)).sin() @ w * torch.rand(8, generator=router)
+
+        if kind == "generator":
+            registration = dc.rng.register("router", router)
+        else:  # mm runs in its reader
+            eye = torch.eye(1)
+            registration = dc.rng.register_source(
+                "router", lambda: (torch.mm(eye, eye), router.get_state())[1], router.set_state
+            )
+        with registration:
+            out = region(fn, x)
+            torch.rand(2, generator=router)
+            out.sum().backward()
+        return out, x.grad, w.grad, torch.rand(2, generator=router)
+
+    exact(program, context_fn=contexts(saves(kept)), **option)
+
+
 def test_selective_regions_under_autocast_are_exact() -> None:
     """Cached weight casts make the operator count of forward and replay differ (pytorch#193338)."""
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
 import sys
-import tempfile
-import time
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import ROOT, Late, Limit, started
+
+__all__ = ["ROOT", "Failed", "leave", "report", "run_ranks"]
 
 
 class Failed(AssertionError):
@@ -33,10 +31,11 @@ def run_ranks(
     """Run ``python -m JOB ARGUMENTS`` on ``world`` ranks; returns what each passed to :func:`report`, by rank.
 
     The ranks see torchrun's environment. The store is served from here, on a port that the system chose, so that
-    tests in parallel never meet. ``check=False`` returns ``{"exit": code, "output": text, "report": ...}`` of each.
+    tests in parallel never meet. ``timeout`` is in seconds of a machine without other work.
+    ``check=False`` returns ``{"exit": code, "output": text, "report": ...}`` of each.
     """
     store = dist.TCPStore(
-        "127.0.0.1", 0, None, True, timeout=timedelta(seconds=timeout), wait_for_workers=False
+        "127.0.0.1", 0, None, True, timeout=timedelta(seconds=10 * timeout), wait_for_workers=False
     )
     shared = {
         **os.environ,
@@ -51,28 +50,22 @@ def run_ranks(
         "LOCAL_WORLD_SIZE": str(world),
         **(environment or {}),
     }
-    end = time.monotonic() + timeout
+    limit = Limit(timeout)
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(world)]
         ranks = [
-            subprocess.Popen(
-                [sys.executable, "-m", job, *arguments],
-                cwd=ROOT,
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                text=True,
+            stack.enter_context(
+                started(
+                    [sys.executable, "-m", job, *arguments],
+                    environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    together=True,
+                )
             )
-            for rank, file in enumerate(files)
+            for rank in range(world)
         ]
         for rank in ranks:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                rank.wait(timeout=max(0.1, end - time.monotonic()))
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
-                rank.wait()
-        outputs = [file.seek(0) or file.read() for file in files]
+            with contextlib.suppress(Late):
+                rank.within(limit)
+    outputs = [rank.printed() for rank in ranks]
     found = [_result(text) for text in outputs]
     codes = [rank.returncode for rank in ranks]
     if not check:

@@ -27,6 +27,19 @@ AGREED = [
     "device types, warn",
     "device types, all",
     "equal at the end",
+    "frozen everywhere",
+    "on meta",
+    "on meta on one rank",
+    "other widths in other stages",
+    "other widths along tp",
+    "other widths in other stages of a mesh",
+    "uninitialized",
+    "fsdp2",
+    "hsdp",
+    "fsdp1",
+    "tensor parallel",
+    "ddp",
+    "compiled on one rank",
 ]
 
 # Case -> (class, code, lines that every rank's message has).
@@ -75,6 +88,42 @@ DIFFER = {
     "an unknown device": ("UnknownDeviceTypeError", "DC201", ["abacus", "rank 0 of 4"]),
     "fixed world": ("WorldChanged", "DC402", ["the coordinator is for 8 ranks, and there are 4"]),
     "rules differ": ("RanksDisagree", "DC405", ["rule: all on rank 2"]),
+    "an error of no code on one rank": (
+        "RankFailed",
+        "DC413",
+        ["a rank failed: KeyError: 'no such thing'", "rank 1 of 4"],
+    ),
+    "no mesh on one rank": ("BadOption", "DC109", ["mesh is a DeviceMesh", "rank 0 of 4"]),
+    "no model on one rank": ("BadOption", "DC109", ["not at 'model'", "rank 2 of 4"]),
+    **{
+        f"model, {case}": ("ModelsDiffer", "DC414", lines)
+        for case, lines in {
+            "width": [
+                "4 ranks differ in: model of stage 0",
+                "stage 0, 1.0.weight: shape: [4, 4] on ranks 0-1, 3; [8, 4] on rank 2",
+                "pass mesh=",
+            ],
+            "dtype": ["stage 0, 1.0.weight: dtype: float32 on ranks 0-1, 3; bfloat16 on rank 2"],
+            "class": [
+                "stage 0, 1.1: class: torch.nn.modules.activation.ReLU on ranks 0-1, 3; "
+                "torch.nn.modules.activation.GELU on rank 2"
+            ],
+            "frozen": ["stage 0, 1.0.weight: requires_grad: True on ranks 0-1, 3; False on rank 2"],
+            "eval": ["stage 0, 1: training: True on ranks 0-1, 3; False on rank 2"],
+            "dropout": ["stage 0, 1.2: p: 0.1 on ranks 0-1, 3; 0.2 on rank 2"],
+            "one block more": [
+                "stage 0, 2: class: not there on ranks 0-1, 3; torch.nn.modules.linear.Linear on rank 2"
+            ],
+            "width along dp": ["stage 0, 1.0.weight: shape: [4, 4] on rank 0; [8, 4] on rank 2"],
+            "frozen along tp": ["requires_grad: True on ranks 0-1, 3; False on rank 2"],
+            "width in a stage": ["stage 1, 1.0.weight: shape: [8, 4] on rank 2; [4, 4] on rank 3"],
+        }.items()
+    },
+    "other experts along ep": (  # rank 0 and rank 2 are at one place of ep
+        "ModelsDiffer",
+        "DC414",
+        ["activation.ReLU on rank 0; torch.nn.modules.activation.GELU on rank 2"],
+    ),
     "versions differ": ("RanksDisagree", "DC405", ["distckpt: 9.9 on rank 1"]),
 }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
-import subprocess
 import sys
 from typing import Any
 
@@ -21,6 +22,7 @@ from distckpt.ranks.errors import (
     StageMissing,
     WorldChanged,
 )
+from tests.processes import run
 from tests.ranks.spawn import run_ranks
 
 
@@ -38,9 +40,8 @@ dc.Coordinator
 after = "distckpt.ranks.coordinator" in sys.modules
 print(json.dumps([before, after, dc.Coordinator is vars(dc)["Coordinator"]]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
+    done = run([sys.executable, "-c", code], limit=120)
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [[], True, True]
 
 
@@ -75,12 +76,68 @@ def test_a_stage_without_its_predecessors_is_missing_them() -> None:
     dc.Coordinator().check(model(), stage="decoder")  # names have no order
 
 
-@pytest.mark.parametrize("options", [{"rule": "maybe"}, {"timeout": 0}, {"timeout": float("nan")}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rule": "maybe"},
+        {"timeout": 0},
+        {"timeout": float("nan")},
+        {"timeout": "60"},
+        {"timeout": True},
+        {"timeout": None},
+        {"device_type": 0},
+        {"world_size": "8"},
+        {"world_size": 0},
+    ],
+)
 def test_an_option_that_cannot_be_honoured_is_refused(options: Any) -> None:
-    with pytest.raises(BadOption):
+    with pytest.raises(BadOption, match="DC109"):
         dc.Coordinator(**options)
     with pytest.raises(BadOption):
         dc.Coordinator().watch(every=0)
+
+
+@pytest.mark.parametrize("wrong", ["model", [nn.Linear(2, 2)], {0: "first"}, 3, nn.Linear])
+def test_what_is_no_model_is_one_coded_sentence(wrong: Any) -> None:
+    with pytest.raises(BadOption, match="check looks at a module or at a mapping of stages to modules"):
+        dc.Coordinator().check(wrong)
+
+
+@pytest.mark.parametrize("wrong", [object(), "pp", 3])
+def test_what_is_no_mesh_is_one_coded_sentence(wrong: Any) -> None:
+    with pytest.raises(BadOption, match="mesh is a DeviceMesh"):
+        dc.Coordinator().check(model(), mesh=wrong)
+
+
+def test_every_method_of_the_coordinator_has_a_signature_and_a_docstring_of_its_own() -> None:
+    for name, method in vars(dc.Coordinator).items():
+        if name.startswith("_") or not inspect.isfunction(method):
+            continue
+        kinds = {p.kind for p in inspect.signature(method).parameters.values()}
+        assert name == "fully_shard" or inspect.Parameter.VAR_KEYWORD not in kinds, name
+        assert method.__doc__, name
+        assert not method.__doc__.startswith("See "), name
+
+
+@pytest.mark.parametrize(
+    ("method", "room"),
+    [
+        ("attach", "distckpt.ranks.pipeline.attach.attach"),
+        ("fully_shard", "distckpt.ranks.fsdp.fully_shard"),
+        ("streams", "distckpt.ranks.streams.seed_streams"),
+        ("partition", "distckpt.ranks.partition.Partition"),
+        ("load_state_dict", "distckpt.ranks.stream_states.load_state_dict"),
+    ],
+)
+def test_the_facade_has_the_options_and_defaults_of_the_room_that_does_the_work(
+    method: str, room: str
+) -> None:
+    module, name = room.rsplit(".", 1)
+    theirs = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    ours = inspect.signature(getattr(dc.Coordinator, method)).parameters
+    assert {n: p.default for n, p in ours.items() if n != "self"} == {
+        n: p.default for n, p in theirs.items() if n not in ("coord", "coordinator")
+    }
 
 
 def test_stages_named_twice_are_refused() -> None:

@@ -8,37 +8,25 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
 from typing import Any
 
 import pytest
 
-from tests.ranks.spawn import ROOT
+from tests.processes import ROOT, run
 
 
 def torchrun(*arguments: str, **environment: str) -> str:
-    """What the ranks print. Ends every process it started, whatever happens."""
+    """What the ranks print."""
     options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "tests.ranks.jobs.elastic"]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
-    process = subprocess.Popen(
+    done = run(
         [sys.executable, "-m", "torch.distributed.run", *options, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+        environment={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
+        limit=150,
     )
-    try:
-        output, errors = process.communicate(timeout=150)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)  # it ends its workers, which are in sessions of their own
-            process.communicate(timeout=60)
-    assert process.returncode == 0, output + errors
-    return output
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module", params=["group", "store"])

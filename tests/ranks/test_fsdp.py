@@ -179,12 +179,40 @@ def test_every_option_of_torchs_reaches_every_unit(coord: Coordinator) -> None:
     assert handle.options["stack.layers.0"]["reshard_after_forward"] is True
     assert handle.options["stack.layers.1"]["reshard_after_forward"] is False
     assert handle.options[""]["mp_policy"] == MixedPrecisionPolicy()
-    assert fsdp_state(model.stack.layers[0])._mp_policy is precision
+    assert fsdp_state(model.stack.layers[0])._mp_policy == precision
     assert type(model.embed.weight) is nn.Parameter
     (group,) = parameter_groups(fsdp_state(model.stack.layers[0]))
     assert group.mesh_info.mesh is mesh
     (region,) = {r.options.determinism_check for r in (m.forward.__self__ for m in model.stack.layers)}
     assert region == "fingerprint"
+
+
+@pytest.mark.skipif(
+    "param_dtype_override_fn" not in MixedPrecisionPolicy.__dataclass_fields__, reason="torch before 2.15"
+)
+def test_functions_that_look_parameters_up_are_given_the_models_own(coord: Coordinator) -> None:
+    model = Model(2)
+    names = {
+        parameter: name for name, parameter in model.named_parameters()
+    }  # a KeyError for any other tensor
+
+    def precision(parameter: nn.Parameter) -> torch.dtype | None:
+        return torch.float32 if "norm" in names[parameter] else None
+
+    options: Any = {"param_dtype": torch.bfloat16, "param_dtype_override_fn": precision}
+    policy = MixedPrecisionPolicy(**options)
+    model = gathered(coord, model, mp_policy=policy, shard_placement_fn=lambda p: names[p] and None)
+    block = model.stack.layers[1]
+    assert (block.mlp.weight.dtype, block.norm.weight.dtype) == (torch.bfloat16, torch.float32)
+
+
+def gathered(coord: Coordinator, model: nn.Module, **options: Any) -> Any:
+    """``model``, sharded, with the parameters as a forward finds them."""
+    coord.fully_shard(model, "stack.layers.*", **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+    return model
 
 
 def test_without_a_mesh_the_world_is_one_dimension_of_the_coordinators_type(coord: Coordinator) -> None:

@@ -32,8 +32,9 @@ def checked(world: World, store: Any, made: Any) -> CountingStore:
     return counting
 
 
-MEMBER = ["set", "add", "wait", "get", "delete_key", "add"]
-JUDGE = ["set", "add", "add", "multi_get", "set", "wait", "get", "delete_key", "add"]
+MEMBER = ["add", "set", "wait", "get", "delete_key", "add"]
+COMPARES = ["compare_set", "wait", "multi_get", "compare_set"]  # claim, see that all is there, read, publish
+JUDGE = ["add", "set", *COMPARES, "wait", "get", "delete_key", "add"]
 LAST = ["delete_key"] * 4  # the last to leave clears the table
 
 
@@ -46,7 +47,62 @@ def test_a_check_costs_six_requests_per_rank_and_one_judge_whatever_the_worlds_s
         body = JUDGE if "multi_get" in sequence else MEMBER
         assert sequence[: len(body)] == body
         assert sequence[len(body) :] in ([], LAST)
-    assert sum(len(s) for s in sequences) == 6 * size + 3 + 4
+    assert sum(len(s) for s in sequences) == 6 * size + 4 + 4
+
+
+class Cloned:
+    """A store that notes which thread asks it for a connection."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+        self.by: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "clone":
+            self.by.append(threading.current_thread().name)
+        return getattr(self.store, name)
+
+
+def test_a_check_with_the_alarm_makes_the_same_requests_as_one_without_and_no_connection() -> None:
+    stores: dict[int, Cloned] = {}
+
+    def run(world: World, store: Any) -> list[str]:
+        stores[world.rank] = Cloned(store)
+        counting = CountingStore(stores[world.rank])
+        with dc.Coordinator(world=world, store=counting) as coord:
+            coord.check(model(3))
+            own = [name for name in counting.requests if name != "clone"]  # what the alarm's thread asks for
+            end = time.monotonic() + 60
+            while not stores[world.rank].by and time.monotonic() < end:
+                time.sleep(0.01)
+        return own
+
+    for sequence in on_ranks(4, run, run_id="alarm"):
+        body = JUDGE if "multi_get" in sequence else MEMBER
+        assert sequence[: len(body)] == body
+    assert {rank: store.by for rank, store in stores.items()} == {
+        rank: ["distckpt-alarm"] for rank in range(4)
+    }
+
+
+def test_coordinators_of_one_process_share_one_alarm_and_the_last_to_close_ends_it() -> None:
+    def run(world: World, store: Any) -> None:
+        one, two = (dc.Coordinator(world=world, store=store) for _ in range(2))
+        for coord in (one, two, one):
+            coord.check(model(1))
+        alarm = one._alarm
+        assert alarm is not None
+        assert two._alarm is alarm
+        one.close()
+        one.close()
+        assert alarm.watches()
+        two.close()
+        assert not alarm.watches()
+        one.check(model(1))
+        assert one._alarm is not alarm
+        one.close()
+
+    assert on_ranks(2, run, run_id="one alarm") == [None] * 2
 
 
 def test_the_message_is_as_small_for_a_thousand_regions_as_for_one() -> None:
@@ -59,7 +115,7 @@ def test_the_message_is_as_small_for_a_thousand_regions_as_for_one() -> None:
         (member,) = [count for count in counts if "multi_get" not in count.requests]
         return member.sent
 
-    assert message(small) == message(large) < 400
+    assert message(small) == message(large) < 500
 
 
 def test_the_judge_reads_one_message_per_rank_in_one_request_and_the_others_read_a_verdict_of_two_bytes() -> (
@@ -71,7 +127,7 @@ def test_the_judge_reads_one_message_per_rank_in_one_request_and_the_others_read
     assert {count.received for count in members} == {2}
     assert judge.requests.count("multi_get") == 1
     assert judge.received == 8 * members[0].sent + 2
-    assert judge.sent == members[0].sent + 2
+    assert judge.sent == members[0].sent + 1 + 2  # the rank that judges, and the verdict
 
 
 def test_nothing_stays_in_the_store_after_agreement_or_disagreement() -> None:
@@ -109,7 +165,7 @@ def test_keys_of_an_earlier_restart_are_never_read(restart: int) -> None:
     old = f"distckpt/{job}/0/check/0"
     store.set(f"{old}/say/0", "left by a round that died")
     store.add(f"{old}/here", 1)
-    store.add(f"{old}/claim", 1)
+    store.set(f"{old}/judge", "0")
     store.set(f"{old}/verdict", _pack(Verdict.of(RanksMissing("of the round before"))))
 
     def run(world: World, own: Any) -> Any:
@@ -162,14 +218,18 @@ def test_a_rank_that_comes_after_the_timeout_gets_the_same_error_at_once() -> No
 
 
 def test_a_fault_in_the_comparison_itself_reaches_every_rank() -> None:
+    fault = KeyError("a bug")
+
     def judge(messages: Any, texts: Any) -> Verdict:
-        raise KeyError("a bug")
+        raise fault
 
     def run(world: World, own: Any) -> None:
         Channel(own, world).meet("bug", b"x", judge, timeout=30).raise_error()
 
     results = on_ranks(3, run, run_id="bug")
-    assert sorted(type(result).__name__ for result in results) == ["DistckptError"] * 2 + ["KeyError"]
+    assert [result.code for result in results] == ["DC413"] * 3
+    assert "comparing failed: a rank failed: KeyError: 'a bug'" in str(results[0])
+    assert [result.__cause__ for result in results].count(fault) == 1  # where it happened
 
 
 def test_a_meeting_can_be_ended_from_another_thread() -> None:
@@ -198,7 +258,7 @@ def test_a_file_store_serves_as_well(tmp_path: Path) -> None:
     results = on_ranks(
         2, lambda world, own: checked(world, own, model(1)).requests[0], run_id="file", store=store
     )
-    assert results == ["set", "set"]
+    assert results == ["add", "add"]
 
 
 def test_errors_cross_ranks_with_their_class_and_their_parts() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.distributed.pipelining import _backward
 
 from distckpt._torch_dist import sharded_units
@@ -76,6 +77,26 @@ def test_the_first_stage_uses_values_in_its_weight_half() -> None:
     assert order.uses_values(1, 0)
 
 
+def test_an_output_may_be_given_by_its_edge() -> None:
+    model = Part()
+    x = torch.randn(4, 16, requires_grad=True)
+    out = model(x)
+    by_tensor, by_edge = (Again([end], [x], model.parameters()) for end in (out, get_gradient_edge(out)))
+    nodes = list(_below(out))
+    assert [by_edge(node) for node in nodes] == [by_tensor(node) for node in nodes]
+    assert {by_edge(node) for node in nodes} == {True, False}
+
+
+def _below(out: torch.Tensor) -> list[Any]:
+    found, todo = [], [out.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in found:
+            found.append(node)
+            todo += [edge[0] for edge in node.next_functions]
+    return found
+
+
 class Branches(nn.Module):
     """Weights of every kind: in a norm, computed from another weight, on a side branch, and unused."""
 
@@ -96,12 +117,7 @@ def test_the_nodes_that_run_twice_are_those_torch_starts_from(make: Any) -> None
     x = torch.randn(4, 16, requires_grad=True)
     out = model(x)
     again = Again([out], [x], model.parameters())
-    nodes, todo = set(), [out.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in nodes:
-            nodes.add(node)
-            todo += [edge[0] for edge in node.next_functions]
+    nodes = set(_below(out))
     ours = {node for node in nodes if again(node)}
     _, groups = _backward.stage_backward_input([out], [torch.ones_like(out)], [x], model.parameters())
     assert ours == {node for group in groups for node in group["intermediates"]}

@@ -86,7 +86,7 @@ def test_every_rank_gets_its_own_states_back_from_a_checkpoint(four: list[Any]) 
 
 def test_the_saved_value_is_the_same_on_every_rank(four: list[Any]) -> None:
     assert [found["equal on all ranks"] for found in four] == [True] * 4
-    assert four[0]["value"] == {"version": 1, "world": 4}
+    assert four[0]["value"] == {"version": 2, "world": 4}
 
 
 @pytest.mark.parametrize(("job", "was", "now"), [("two", 4, 2), ("three", 2, 3)])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pickle
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import distckpt as dc
-from distckpt.ranks import exchange
+from distckpt.ranks import exchange, plain_data
 from distckpt.ranks.coordinator import Coordinator
 from distckpt.ranks.streams_errors import StreamInUse, UnsavableStream, WrongState
 from distckpt.ranks.switch import switch
@@ -90,10 +91,78 @@ def test_devices_are_saved_and_put_back(lazy: FakeModule) -> None:
         assert info.value.why == "saved and not here: lazy:1"
 
 
-def test_a_state_that_cannot_be_pickled_is_refused_by_name() -> None:
-    with dc.rng.register_source("odd", lambda: lambda: 0, lambda state: None):
-        with pytest.raises(UnsavableStream, match="rank 0: the state of the registered random stream 'odd'"):
+class Pickles:
+    """An object that a pickle can hold, and plain data cannot."""
+
+
+@pytest.mark.parametrize("state", [lambda: 0, Pickles(), (1, [{"a": Pickles()}])])
+def test_a_state_that_is_no_plain_data_is_refused_by_name_when_it_is_saved(state: Any) -> None:
+    with dc.rng.register_source("odd", lambda: state, lambda state: None):
+        with pytest.raises(UnsavableStream, match="the state of the registered random stream 'odd'") as info:
             coord.state_dict()
+    assert "is no plain data" in str(info.value)
+
+
+class Bomb:
+    """Writes a file as soon as somebody unpickles it."""
+
+    def __init__(self, at: Path) -> None:
+        self.at = at
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.at,)
+
+
+def crafted(at: Path) -> dict[str, dict[str, Any]]:
+    """Checkpoints of somebody who means harm: a pickle with code wherever bytes or values are read."""
+    bomb = pickle.dumps(Bomb(at))
+    with dc.rng.seed_streams(None, 3):
+        good = coord.state_dict()
+    return {
+        "version 1": {"version": 1, "world": 1, "states": bomb},
+        "version 1, inner": {"version": 1, "world": 1, "states": pickle.dumps([bomb])},
+        "this version": {**good, "states": bomb},
+        "this version, inner": {**good, "states": plain_data.dumps([bomb])},
+        "for a rank's entry": {**good, "states": plain_data.dumps([plain_data.dumps(bomb)])},
+        "a whole object": {**good, "states": plain_data.dumps([plain_data.dumps({"default": bomb})])},
+    }
+
+
+@pytest.mark.parametrize("name", list(crafted(Path("nowhere"))))
+@pytest.mark.parametrize("strict", [True, False])
+def test_nothing_in_a_crafted_checkpoint_runs_and_it_is_refused_in_one_coded_sentence(
+    name: str, strict: bool, tmp_path: Path
+) -> None:
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "works")))
+    assert (tmp_path / "works").exists()
+    value = crafted(tmp_path / "ran")[name]
+    with dc.rng.seed_streams(None, 3):
+        before = everything()
+        with pytest.raises(WrongState, match="DC455") as info:
+            coord.load_state_dict(value, strict)
+        assert everything() == before
+    assert not (tmp_path / "ran").exists()
+    assert info.value.fix
+
+
+def test_numpys_states_are_put_back_to_the_bit() -> None:
+    numpy = pytest.importorskip("numpy")
+    new = numpy.random.default_rng(5).bit_generator
+    mt = numpy.random.Generator(numpy.random.MT19937(5)).bit_generator
+    before = numpy.random.get_state()
+    try:
+        with (
+            dc.rng.register_source("numpy", numpy.random.get_state, numpy.random.set_state),
+            dc.rng.register_source("new", lambda: new.state, lambda state: setattr(new, "state", state)),
+            dc.rng.register_source("mt", lambda: mt.state, lambda state: setattr(mt, "state", state)),
+        ):
+            saved = coord.state_dict()
+            expected = [numpy.random.rand(3).tolist(), new.random_raw(3).tolist(), mt.random_raw(3).tolist()]
+            coord.load_state_dict(saved)
+            again = [numpy.random.rand(3).tolist(), new.random_raw(3).tolist(), mt.random_raw(3).tolist()]
+            assert again == expected
+    finally:
+        numpy.random.set_state(before)
 
 
 def refusals() -> dict[str, Any]:
@@ -108,11 +177,12 @@ def refusals() -> dict[str, Any]:
         place = coord.state_dict()
     with dc.rng.seed_streams(None, 3), dc.rng.register("mine", torch.Generator()):
         registered = coord.state_dict()
-    two = {**good, "world": 2, "states": pickle.dumps(pickle.loads(good["states"]) * 2)}
+    two = {**good, "world": 2, "states": plain_data.dumps(plain_data.loads(good["states"]) * 2)}
     return {
         "not ours": ({"a": 1}, "not what coord.state_dict"),
         "garbage": ({**good, "states": b"x"}, "not what coord.state_dict"),
-        "version": ({**good, "version": 2}, "have version 2"),
+        "version": ({**good, "version": 3}, "have version 3"),
+        "a pickle": ({**good, "version": 1}, "have version 1, and this distckpt reads version 2"),
         "world": (two, "are of 2 ranks, and this job has 1"),
         "streams": (streams, "named streams of rank 0 are not those"),
         "seed": (seed, "was saved with seed 4"),

@@ -25,8 +25,8 @@ class CountingStore:
 
         def call(*args: Any) -> Any:
             self.requests.append(name)
-            if name == "set":
-                self.sent += len(args[1])
+            if name in ("set", "compare_set"):
+                self.sent += len(args[-1])
             answer = method(*args)
             if name == "get":
                 self.received += len(answer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from distckpt._torch_dist import custom_computations, is_stage, schedule_kind, schedule_stages, step_with
@@ -18,22 +19,14 @@ from distckpt.ranks.pipeline.stage import Stage
 class Attached:
     """What :func:`attach` put on this rank's stages and their schedule. Usable as a context manager."""
 
-    def __init__(
-        self, schedule: Any, stages: dict[int, Stage], applied: list[Applied], early: bool, hooked: bool
-    ) -> None:
+    def __init__(self, schedule: Any, stages: dict[int, Stage], applied: list[Applied], hooked: bool) -> None:
         self._schedule = schedule
         self._stages = stages
         self._applied = applied
-        self._early = early
         self._hooked = hooked
 
     def report(self) -> dict[int, StageReport]:
         """Per stage of this rank, what happened in the step that runs or ran last."""
-        reason = _why_unseen(self._schedule, self._hooked) if self._early else None
-        for stage in self._stages.values():
-            late = stage.report.replays.total() - stage.report.early.total()
-            if reason is not None and late:
-                stage.report.lazy[reason] = late
         return {index: stage.report for index, stage in self._stages.items()}
 
     def remove(self) -> None:
@@ -107,6 +100,9 @@ def attach(
     hooked = {stage.stage_index: Stage(stage, order, limit) for stage in stages}
     early = EarlyReplay(hooked, order)
     step = step_with(schedule, early.wait) if schedule is not None and early_replay else None
+    if early_replay:
+        for found in hooked.values():
+            found.why_unseen = partial(_why_unseen, schedule, step is not None)
     applied: list[Applied] = []
     try:
         for stage in stages if plan is not None else ():
@@ -122,7 +118,7 @@ def attach(
         stage.attach()
     if schedule is not None and step is not None:
         schedule._step_microbatches = step
-    return Attached(schedule, hooked, applied, early_replay, step is not None)
+    return Attached(schedule, hooked, applied, step is not None)
 
 
 def _stages(given: Any) -> tuple[list[Any], Any]:
@@ -156,11 +152,13 @@ def _check_plan(plan: Mapping[int, Any], count: int) -> None:
         )
 
 
-def _why_unseen(schedule: Any, hooked: bool) -> str | None:
-    """Why there were waits for gradients in which nothing could be replayed."""
+def _why_unseen(schedule: Any, hooked: bool) -> str:
+    """Why a gradient was received and nobody saw the wait for it."""
     if schedule is None:
         return "stages alone do not tell which micro-batch comes next"
     if not hooked:
         return "the schedule's step has no wait that can be used"
     custom = custom_computations(schedule)
-    return f"the computation {custom[0]} of the schedule is a function of your own" if custom else None
+    if custom:
+        return f"the computation {custom[0]} of the schedule is a function of your own"
+    return "its gradient was received without a wait that is seen"

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.autograd.graph import GradientEdge
 
 
 class Again:
@@ -23,7 +24,7 @@ class Again:
     def __init__(
         self, outputs: Iterable[Any], inputs: Iterable[Any], weights: Iterable[torch.Tensor]
     ) -> None:
-        roots = [t.grad_fn for t in outputs if isinstance(t, torch.Tensor) and t.grad_fn is not None]
+        roots = [node for out in outputs if (node := _maker(out)) is not None]
         ends = {id(t): (True, False) for t in inputs} | {id(t): (False, True) for t in weights}
         reached = _reached(roots, ends)
         starts: dict[Any, list[Any]] = {}  # of a node that runs twice, where its ways to weights begin
@@ -40,6 +41,13 @@ class Again:
 
     def __call__(self, node: Any) -> bool:
         return self._any or node in self._again
+
+
+def _maker(out: Any) -> Any:
+    """The node that made an output, which may be given by its edge in the graph."""
+    if isinstance(out, GradientEdge):
+        return out.node
+    return out.grad_fn if isinstance(out, torch.Tensor) else None
 
 
 def _below(node: Any) -> list[Any]:

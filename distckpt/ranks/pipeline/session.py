@@ -34,6 +34,7 @@ class MicroBatch(Session):
         ] = []  # an outermost region, then those recorded inside it
         self.kept = 0  # outermost regions that were plain calls
         self.weight_bytes = 0
+        self.late: str | None = None  # why nothing was replayed before the gradient, where nobody could
         self.ahead = 0  # bytes that early replays made, at least as much as they hold
         self._keeping = False
         self._again: Again | None = None  # while the input half runs

@@ -42,6 +42,7 @@ class Stage:
         self.outermost: int | None = None  # outermost regions of one forward
         self.ends_with_region = False
         self.early = False
+        self.why_unseen: Callable[[], str] | None = None  # None: nobody looks for waits
         self.report = StageReport(self.index)
         self._fixed: set[int] | None = None
         self._sharded = True
@@ -107,10 +108,12 @@ class Stage:
         if not self.stage.has_backward:
             return original(index, *args, **kwargs)
         self.order.arrive((BACKWARD if full else INPUT_BACKWARD, self.index, index))
-        self.posted.discard(index)
         session = self.sessions.get(index)
         if session is None:
             return original(index, *args, **kwargs)
+        if index in self.posted or not self.order.actions:  # nobody looked at what could be replayed
+            self.posted.discard(index)
+            session.late = self.why_unseen() if self.why_unseen is not None else None
         whole = (
             full or self.stage.dw_builder is not None
         )  # a weight function of the stage's own needs no graph
@@ -188,6 +191,8 @@ class Stage:
         self.report.replays[session.index, label] += 1
         if self.early:
             self.report.early[session.index, label] += 1
+        elif session.late is not None:
+            self.report.lazy[session.late] += 1
         if self.limit:
             where = session.place(region)
             size = held([region], self.fixed())

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from distckpt_backends.errors import DistckptError
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import distckpt as dc
 from distckpt.ranks import RegionPlan
@@ -32,9 +33,17 @@ def applied(globs: Any = "*", **options: Any) -> nn.Module:
     return made
 
 
+class Broken(nn.Module):
+    """A module that cannot be looked at."""
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        raise KeyError("no such thing")
+
+
 def attempt(name: str, coord: dc.Coordinator, *args: Any, **kwargs: Any) -> None:
     """Keep what a check does, and whether the model's regions are what they were."""
-    before = RegionPlan.of(args[0]).to_json() if args and args[0] is not None else None
+    looks = args and isinstance(args[0], (nn.Module, dict)) and not isinstance(args[0], Broken)
+    before = RegionPlan.of(args[0]).to_json() if looks else None
     start = time.monotonic()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -49,6 +58,10 @@ def attempt(name: str, coord: dc.Coordinator, *args: Any, **kwargs: Any) -> None
         "untouched": before == after,
         "warnings": [str(w.message) for w in caught],
     }
+
+
+def mesh_of(*names: str) -> Any:
+    return dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
 
 
 coord = dc.Coordinator(alarm=False)
@@ -94,6 +107,78 @@ dc.__version__ = real if RANK != 1 else "9.9"
 attempt("versions differ", coord, applied())
 dc.__version__ = real
 attempt("equal at the end", coord, applied())
+
+
+attempt("an error of no code on one rank", coord, None if RANK != 1 else Broken())
+attempt("no mesh on one rank", coord, applied(), mesh=mesh if RANK else object())
+attempt("no model on one rank", coord, applied() if RANK != 2 else "model")
+
+
+def parts(**changes: Any) -> nn.Module:
+    """A model, one of whose parts is made otherwise on rank 2."""
+    here = changes if RANK == 2 else {}
+    width, dtype, kind = here.get("width", 4), here.get("dtype", torch.float32), here.get("kind", nn.ReLU)
+    inner = nn.Sequential(nn.Linear(4, width, dtype=dtype), kind(), nn.Dropout(here.get("p", 0.1)))
+    made = nn.Sequential(nn.Linear(4, 4), inner, *here.get("more", []))
+    inner.requires_grad_(not here.get("frozen", False))
+    inner.train(not here.get("eval", False))
+    dc.apply(made, "1")
+    return made
+
+
+attempt("model, width", coord, parts(width=8))
+attempt("model, dtype", coord, parts(dtype=torch.bfloat16))
+attempt("model, class", coord, parts(kind=nn.GELU))
+attempt("model, frozen", coord, parts(frozen=True))
+attempt("model, eval", coord, parts(eval=True))
+attempt("model, dropout", coord, parts(p=0.2))
+attempt("model, one block more", coord, parts(more=[nn.Linear(4, 4)]))
+attempt("model, width along dp", coord, parts(width=8), mesh=mesh_of("dp", "tp"))
+attempt("model, frozen along tp", coord, parts(frozen=True), mesh=mesh_of("dp", "tp"))
+attempt("model, width in a stage", coord, parts(width=8), stage=RANK // 2)
+
+
+def frozen() -> nn.Module:
+    made = parts()
+    made[0].requires_grad_(False)
+    return made
+
+
+def by_hand(coordinate: int) -> nn.Module:
+    """Rows of a plain parameter, divided unevenly."""
+    return nn.Sequential(nn.Linear(4, 3 + coordinate), nn.ReLU())
+
+
+def fsdp1() -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    made = nn.Sequential(nn.Linear(3, 5), nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 1)))
+    made[1] = FullyShardedDataParallel(made[1], use_orig_params=True, device_id=torch.device("cpu"))
+    return FullyShardedDataParallel(made, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def tensor_parallel() -> nn.Module:
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    return parallelize_module(
+        nn.Sequential(nn.Linear(4, 6)), mesh_of("dp", "tp")["tp"], {"0": ColwiseParallel()}
+    )
+
+
+attempt("frozen everywhere", coord, frozen())
+attempt("on meta", coord, parts().to("meta"))
+attempt("on meta on one rank", coord, parts().to("meta" if RANK == 1 else "cpu"))
+attempt("other widths in other stages", coord, by_hand(RANK // 2), stage=RANK // 2)
+attempt("other widths along tp", coord, by_hand(RANK % 2), mesh=mesh_of("dp", "tp"))
+attempt("other widths in other stages of a mesh", coord, by_hand(RANK // 2), mesh=mesh_of("pp", "dp"))
+attempt("other experts along ep", coord, parts(kind=nn.GELU), mesh=mesh_of("dp", "ep"))
+attempt("uninitialized", coord, nn.Sequential(nn.LazyLinear(4)))
+attempt("fsdp2", coord, fully_shard(nn.Linear(3, 5)))
+attempt("hsdp", coord, fully_shard(nn.Linear(3, 5), mesh=mesh_of("dp_replicate", "dp_shard")))
+attempt("fsdp1", coord, fsdp1())
+attempt("tensor parallel", coord, tensor_parallel())
+attempt("ddp", coord, nn.parallel.DistributedDataParallel(parts()))
+attempt("compiled on one rank", coord, torch.compile(parts()) if RANK == 1 else parts())
 
 store = dist.distributed_c10d._get_default_store()
 dist.barrier()

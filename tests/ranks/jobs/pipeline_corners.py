@@ -160,6 +160,15 @@ def stages_alone() -> dict[str, Any]:
         return {"equal": same, "report": told(handle)}
 
 
+def unseen_wait() -> dict[str, Any]:
+    """A step that waits where nobody looks, as a later torch may."""
+    schedule, stages = pipeline("1F1B", COUNT)
+    with Coordinator().attach(schedule, plan={0: "blocks.*", 1: "blocks.*"}) as handle:
+        del schedule._step_microbatches
+        results(schedule, stages, COUNT, steps=1)
+        return {"report": told(handle)}
+
+
 def removed() -> dict[str, Any]:
     """After remove() nothing of ours is left, and attaching again works."""
     schedule, stages = pipeline("1F1B", COUNT)
@@ -293,6 +302,7 @@ def main() -> None:
         "frozen, split": attached("InterleavedZeroBubble", Frozen),
         "evaluation": evaluation(),
         "stages alone": stages_alone(),
+        "unseen wait": unseen_wait(),
         "removed": removed(),
         "failed step": failed_step(),
         "own computation": own_computation(),
