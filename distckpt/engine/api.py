@@ -14,6 +14,7 @@ from distckpt._torch import skip_frame, torch_operator
 from distckpt.engine import misuse
 from distckpt.engine.call import run
 from distckpt.engine.errors import BadOption, NotAFunction, OptionCollision
+from distckpt.engine.inputs import Wrapping
 from distckpt.engine.options import DEFAULT, ContextFn, DeterminismCheck, Options, Partition
 from distckpt.engine.reentrant import reentrant
 
@@ -134,13 +135,16 @@ def _call(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[st
     return reentrant(fn, args, kwargs, options)
 
 
-class Checkpointed:
+class Checkpointed(Wrapping):
     """A function whose every call is a region. As a class attribute it binds like the function it wraps."""
 
     def __init__(self, function: Callable[..., Any], given: dict[str, Any]) -> None:
         self.function = function
         self.given = given
         functools.update_wrapper(self, function, updated=())
+
+    def around(self, function: Callable[..., Any]) -> Checkpointed:
+        return type(self)(function, self.given)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _call(self.function, args, kwargs, self.given)

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterator
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -20,7 +21,18 @@ import torch
 from distckpt._torch import SavedTensor, make_saved_tensor
 from distckpt.engine.errors import InputChanged
 
+_Tensor = torch.Tensor
 _ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size})
+
+
+class Wrapping:
+    """A callable of ours that only adds something to a call of ``function``."""
+
+    function: Callable[..., Any]
+
+    def around(self, function: Callable[..., Any]) -> Wrapping:
+        """The same around another function."""
+        raise NotImplementedError
 
 
 class Packed:
@@ -36,7 +48,7 @@ class Packed:
 _Rebuild = Callable[[list[Any]], Any]
 
 
-def _open(value: Any) -> tuple[list[Any], Callable[[], _Rebuild]] | None:
+def parts_of(value: Any) -> tuple[list[Any], Callable[[], _Rebuild]] | None:
     """Children of a container and a maker of what rebuilds it, or None for a leaf."""
     kind: Any = type(value)
     if kind is list:
@@ -95,23 +107,136 @@ def _respell(original: Any, names: list[str]) -> _Rebuild:
     return rebuild
 
 
+class Scan:
+    """What one walk over a call has met, so that a thing that the call names twice is owned once."""
+
+    # Class defaults: most calls need none of these.
+    seen: dict[int, tuple[Any, Any]] | None = None
+    functions: list[Any] | None = None
+    keep: Callable[[torch.Tensor], Any] | None = None
+    captured: list[torch.Tensor] | None = None  # behind hooks: the tensors that names hold
+    hooked = False  # what is saved goes through hooks, which make another tensor of it
+    repeats = False
+    modules = False  # a name of the region's function may lead to a module
+
+    def tensor(self, x: torch.Tensor) -> Any:
+        """What stands for ``x`` until the replay."""
+        if self.keep is not None:
+            return self.keep(x)
+        if not self.hooked:
+            return own_tensor(x)
+        if isinstance(x, torch.nn.Parameter):
+            return Reference(x)
+        seen = self.memory()
+        if id(x) in seen:
+            self.repeats = True
+        else:
+            seen[id(x)] = x, own_tensor(x)
+        return seen[id(x)][1]
+
+    def memory(self) -> dict[int, tuple[Any, Any]]:
+        """What was met, by identity: itself, so that no other object gets its identity, and what stands for it."""
+        if self.seen is None:
+            self.seen = {}
+        return self.seen
+
+    def look(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the functions of a call whose tensors somebody else owns."""
+        self.keep = _as_it_is
+        own_call(fn, args, kwargs, self)
+        self.keep = None
+
+    def function(self, fn: Any) -> None:
+        """Note a function that the region's function may call."""
+        if self.functions is None:
+            self.functions = []
+        self.functions.append(fn)
+
+
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+class Reference:
+    """A parameter behind hooks: the same object in the replay, unchanged."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.version = tensor._version
+
+
+OWNED = (SavedTensor, Packed, Reference)
+
+
+def own_tensor(x: torch.Tensor) -> Any:
+    """A saved tensor of ``x``; an inference tensor, which cannot be one and has no version, as it is."""
+    try:
+        return make_saved_tensor(x, False)
+    except RuntimeError:
+        if x.is_inference():
+            return x
+        raise
+
+
+def own_call(
+    fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scan: Scan
+) -> tuple[Any, list[Any], dict[str, Any] | None]:
+    """Function, arguments and keywords as a region holds them."""
+    if type(fn) is functools.partial:
+        fn = _own(fn, scan)
+    if scan.hooked or scan.keep is not None:
+        owned = [_own(a, scan) for a in args]
+    else:
+        try:
+            owned = [make_saved_tensor(a, False) if isinstance(a, _Tensor) else _own(a, scan) for a in args]
+        except RuntimeError:  # an inference tensor
+            owned = [_own(a, scan) for a in args]
+    return fn, owned, _own(kwargs, scan) if kwargs else None
+
+
 def own(value: Any, keep: Callable[[torch.Tensor], Any] | None = None) -> Any:
-    """``value`` with every tensor in it turned into a saved tensor; containers without one stay as they are.
+    """``value`` with every tensor in it turned into a saved tensor; other leaves stay as they are.
 
     With ``keep`` a tensor becomes what that returns: a saved tensor, or a :class:`Packed` that makes it again.
     """
+    scan = Scan()
+    scan.keep = keep
+    return _own(value, scan)
+
+
+def _own(value: Any, scan: Scan) -> Any:
     if isinstance(value, torch.Tensor):
-        return make_saved_tensor(value, False) if keep is None else keep(value)
-    if type(value) in _ATOMS:
+        return scan.tensor(value)
+    kind = type(value)
+    if kind in _ATOMS:
         return value
-    opened = _open(value)
+    if kind in _CALLED or isinstance(value, Wrapping):
+        scan.function(value)
+        return value
+    opened = parts_of(value)
     if opened is None:
         return value
+    seen = scan.memory()
+    if id(value) in seen:
+        scan.repeats = True
+        known = seen[id(value)][1]
+        # a container that holds itself stays, in itself, what it is
+        return Packed([], lambda parts: value) if known is value and _mutable(value) else known
+    seen[id(value)] = value, value
     children, make_rebuild = opened
-    parts = [own(child, keep) for child in children]
-    if all(part is child for part, child in zip(parts, children, strict=True)) and not _mutable(value):
-        return value
-    return Packed(parts, make_rebuild())
+    parts = [_own(child, scan) for child in children]
+    if _mutable(value) or any(
+        part is not child or type(child) in _CALLED for part, child in zip(parts, children, strict=True)
+    ):
+        packed = Packed(parts, make_rebuild())
+        seen[id(value)] = value, packed
+        return packed
+    return value
+
+
+_CALLED = (FunctionType, MethodType)
 
 
 def _mutable(value: Any) -> bool:
@@ -119,35 +244,60 @@ def _mutable(value: Any) -> bool:
     return type(value) in (list, dict)
 
 
-def give_back(value: Any, where: str) -> Any:
-    """Inverse of :func:`own`, for a replay.
+def give_back(value: Any, where: str, memo: dict[int, Any] | None = None) -> Any:
+    """Inverse of :func:`own`, for a replay. With ``memo`` what was owned once comes back as one object.
 
     Raises:
         InputChanged: a tensor was changed in place since the forward.
     """
     kind = type(value)
     if kind is SavedTensor:
-        try:
-            return value.unpack()
-        except RuntimeError as error:
-            if "modified by an inplace operation" not in str(error):
-                raise
-            raise InputChanged(
-                f"input {where} of a region was changed in place between forward and replay",
-                why=str(error).split(";")[0],
-                fix="pass a clone, or make the change after backward",
-            ) from error
+        if memo is None:
+            return _unpack(value, where)
+        if id(value) not in memo:
+            memo[id(value)] = _unpack(value, where)
+        return memo[id(value)]
     if kind is list:  # a region's own argument list
-        return [give_back(part, f"{where}[{i}]") for i, part in enumerate(value)]
+        return [give_back(part, f"{where}[{i}]", memo) for i, part in enumerate(value)]
     if kind is Packed:
-        parts = [give_back(part, f"{where}[{i}]") for i, part in enumerate(value.parts)]
-        return value.rebuild(parts)
+        if memo is not None and id(value) in memo:
+            return memo[id(value)]
+        parts = [give_back(part, f"{where}[{i}]", memo) for i, part in enumerate(value.parts)]
+        again = value.rebuild(parts)
+        if memo is not None:
+            memo[id(value)] = again
+        return again
+    if kind is Reference:
+        if value.tensor._version != value.version:
+            raise _changed(where, f"it is at version {value.tensor._version}, not {value.version}")
+        return value.tensor
     return value
+
+
+def _unpack(saved: Any, where: str) -> torch.Tensor:
+    try:
+        return saved.unpack()
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise _changed(where, str(error).split(";")[0]) from error
+
+
+def _changed(where: str, why: str) -> InputChanged:
+    return InputChanged(
+        f"input {where} of a region was changed in place between forward and replay",
+        why=why,
+        fix="pass a clone, or make the change after backward",
+    )
 
 
 def marks(value: Any) -> list[tuple[Any, int]]:
     """Memory and version of every tensor in ``value``, for :func:`check_marks`."""
-    return [(weakref.ref(memory(t)), t._version) for t in tensors(value)]
+    return [(weakref.ref(memory(t)), _version(t)) for t in tensors(value)]
+
+
+def _version(x: torch.Tensor) -> int:
+    return 0 if x.is_inference() else x._version  # an inference tensor counts no versions
 
 
 def memory(x: torch.Tensor) -> Any:
@@ -168,7 +318,7 @@ def check_marks(then: list[tuple[Any, int]], value: Any) -> None:
         InputChanged: an input was changed.
     """
     for i, ((at, version), now) in enumerate(zip(then, tensors(value), strict=False)):
-        if now._version > version and at() is memory(now):
+        if _version(now) > version and at() is memory(now):
             raise InputChanged(
                 f"tensor {i} of the inputs of a region was changed in place between forward and replay",
                 why=f"it is at version {now._version}; the region was recorded with version {version}",
@@ -181,7 +331,7 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif type(value) not in _ATOMS:
-        opened = _open(value)
+        opened = parts_of(value)
         if opened is not None:
             for child in opened[0]:
                 yield from tensors(child)

@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from contextvars import copy_context
-from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from distckpt._torch import (
     call_without_dynamo,
     dynamo_callback,
     last_script,
-    make_saved_tensor,
     pop_saved_tensors_hooks,
     push_saved_tensors_hooks,
     script_optimizes,
@@ -26,12 +25,12 @@ from distckpt._torch import (
     top_saved_tensors_hooks,
     traced_graph,
 )
-from distckpt.engine import ambient, buffers, inputs, misuse, rng, sessions, streams, switches
+from distckpt.engine import ambient, buffers, closure, inputs, misuse, rng, sessions, streams, switches
 from distckpt.engine.barrier import Tie
 from distckpt.engine.devices import choose, current_rule, device_types, stashed_backends
 from distckpt.engine.errors import LateDevice, SuppressedException, UnstashedDraw
 from distckpt.engine.events import counters
-from distckpt.engine.inputs import own, tensors
+from distckpt.engine.inputs import Scan, own_call, tensors
 from distckpt.engine.options import Options
 from distckpt.engine.region import Region, describe
 from distckpt.engine.replay import is_engine_hook, stays
@@ -91,20 +90,26 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
     r.early_stop = options.early_stop if early is None else early
     strict = options.strict
     hooks = top_saved_tensors_hooks()
-    if hooks is not None and not is_engine_hook(hooks):
-        r.marks = inputs.marks((fn, args, kwargs) if strict else args)
+    marked = hooks is not None and not is_engine_hook(hooks)
     if strict:
+        scan = Scan()
+        if hooks is not None:
+            scan.hooked = True
         if options.partition is None:
-            r.fn = own(fn) if type(fn) is partial else fn
-            r.args = [make_saved_tensor(a, False) if isinstance(a, _Tensor) else own(a) for a in args]
-            if kwargs:
-                r.kwargs = own(kwargs)
+            r.fn, r.args, r.kwargs = own_call(fn, args, kwargs, scan)
         else:
             r.fn, r.args, r.kwargs = options.partition.own(fn, args, kwargs)
-        r.buffers = buffers.watch(fn, args, kwargs)
+            scan.look(fn, args, kwargs)
+        r.captured = closure.capture(fn, scan)
+        if marked:
+            r.marks = inputs.marks((fn, args, kwargs, scan.captured))
+        r.repeats = scan.repeats
+        r.buffers = buffers.watch(fn if scan.modules or type(fn) is not FunctionType else None, args, kwargs)
     else:
         r.fn = fn
-        r.args = [make_saved_tensor(a, False) if isinstance(a, _Tensor) else a for a in args]
+        if marked:
+            r.marks = inputs.marks(args)
+        r.args = [inputs.own_tensor(a) if isinstance(a, _Tensor) else a for a in args]
         if kwargs:
             r.kwargs = kwargs
     r.lock = threading.RLock()

@@ -22,6 +22,7 @@ from distckpt._torch import (
 )
 from distckpt.engine import ambient, rng, sessions
 from distckpt.engine.barrier import Tie
+from distckpt.engine.closure import Captured
 from distckpt.engine.doubt import Doubtful, settle
 from distckpt.engine.errors import BatchedReplay
 from distckpt.engine.events import failed
@@ -45,6 +46,8 @@ class Region:
     fn: Any
     args: list[Any]
     kwargs: Any = None
+    captured: list[Captured] | None = None  # what its functions read by name
+    repeats = False  # the call names one thing several times
     options: Options
     refs: list[weakref.ref[Slot]]
     lock: Any

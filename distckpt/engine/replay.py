@@ -33,7 +33,7 @@ from distckpt._torch import (
     set_grad_enabled,
     set_script_optimizes,
 )
-from distckpt.engine import ambient, rng
+from distckpt.engine import ambient, closure, inputs, rng
 from distckpt.engine.doubt import doubt
 from distckpt.engine.errors import ReplayError
 from distckpt.engine.events import counters
@@ -124,26 +124,32 @@ def replay(r: Region, run: Any = None) -> None:
 
 
 def _replay(r: Region, run: Any) -> None:
+    memo: dict[int, Any] | None = {} if r.repeats else None
     try:
-        args = [a.unpack() if type(a) is SavedTensor else a for a in r.args]
+        args = [a.unpack() if type(a) is SavedTensor and memo is None else a for a in r.args]
     except RuntimeError:
         if r.options.strict:
             give_back(r.args, "args")  # raises it again, naming the argument
         raise
     for i, a in enumerate(args):
-        if type(a) is Packed:
-            args[i] = give_back(a, f"args[{i}]")
-    kwargs = {} if r.kwargs is None else give_back(r.kwargs, "kwargs")
-    fn = r.fn if type(r.fn) is not Packed else give_back(r.fn, "function")
+        if type(a) in inputs.OWNED:
+            args[i] = give_back(a, f"args[{i}]", memo)
+    kwargs = {} if r.kwargs is None else give_back(r.kwargs, "kwargs", memo)
+    fn = r.fn if type(r.fn) is not Packed else give_back(r.fn, "function", memo)
+    captured: list[torch.Tensor] = []
+    if r.captured is not None:
+        captured, renewed = closure.recall(r.captured, memo)
+        if renewed is not None:
+            fn, args, kwargs = renewed.call(fn), [renewed.value(a) for a in args], renewed.value(kwargs)
     owned = started = None
     if r.marks is not None:
-        owned = (fn, args, kwargs) if r.options.strict else args
+        owned = (fn, args, kwargs, captured) if r.options.strict else args
         check_marks(r.marks, owned)
         started = marks(owned)
     counters.replays += 1
     if r.tie is not None:
         fn, args, kwargs = r.tie.bind(fn, args, kwargs)
-    mismatch = Mismatch(r, (fn, args, kwargs))
+    mismatch = Mismatch(r, (fn, args, kwargs, captured))
     now = ambient.snapshot()
     draws = r.draws if r.closed else rng.so_far(r.rng_before, r.stash)
     generators: Any = r.idle_cpu

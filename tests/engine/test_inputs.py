@@ -290,3 +290,58 @@ def test_a_parameter_input_arrives_as_the_parameter_in_the_replay() -> None:
 
     dc.checkpoint(probe, weight).sum().backward()
     assert seen == [id(weight)] * 2
+
+
+@pytest.mark.parametrize("where", ["outer region", "hooks"])
+def test_one_object_passed_several_times_comes_back_as_one_object(where: str) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def fn(a: Any, b: Any, c: Any, d: Any, *, e: Any) -> Any:
+        seen.append((a is b is e, c is d))
+        c.append(a.sin())
+        return (a * b).sin() * d[-1] * e
+
+    def program(region: Region) -> Any:
+        x = leaf(4)
+        if where == "hooks":
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
+                y, parts = x * 1.0, [x]
+                out = region(fn, y, y, parts, parts, e=y)
+        else:
+
+            def outer(t: torch.Tensor) -> torch.Tensor:
+                y, parts = t * 1.0, [t]
+                return region(fn, y, y, parts, parts, e=y).sin()
+
+            out = region(outer, x)
+        out.sum().backward()
+        return out, x.grad
+
+    exact(program)
+    assert len(seen) >= 3
+    assert set(seen) == {(True, True)}
+
+
+def test_self_attention_below_an_outer_region_takes_the_path_of_its_record() -> None:
+    def program(region: Region) -> Any:
+        torch.manual_seed(0)
+        attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+        x = leaf(2, 3, 8)
+
+        def inner(t: torch.Tensor) -> torch.Tensor:
+            y = t.sin()
+            return region(attention, y, y, y)[0].sin()
+
+        out = region(inner, x)
+        out.sum().backward()
+        return out, x.grad, *(p.grad for p in attention.parameters())
+
+    exact(program)
+
+
+def test_a_list_that_holds_itself_is_no_endless_walk() -> None:
+    x = leaf(4)
+    parts: list[Any] = [x]
+    parts.append(parts)
+    dc.checkpoint(lambda p: p[0].sin().exp(), parts).sum().backward()
+    assert torch.equal(x.grad, torch.autograd.grad(x.sin().exp().sum(), x)[0])
