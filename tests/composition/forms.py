@@ -118,9 +118,9 @@ def call(
     else:
         bound = partial(fn, *by_way["partial"]) if "partial" in by_way else fn
         result = machine.engine.region(bound, step.form, step.options, args, kwargs)
-    if step.rebound:
+    if step.rebound and isinstance(fn, FunctionType):  # what a module's attributes hold is read at the replay
         closed, cell = [], None
-        if isinstance(fn, FunctionType) and "global" in by_way:
+        if "global" in by_way:
             fn.__globals__["read"] = None
     return unpack(result)
 
