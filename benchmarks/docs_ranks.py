@@ -31,7 +31,8 @@ torch gathers them for nothing.
 PIPELINE = """## Pipeline stages
 
 Real gloo ranks. `none` has no regions, `torch` is `torch.utils.checkpoint`, `alone` is `dc.apply` without more,
-`attached` is `coord.attach` as it comes. The times of the first two tables are of ranks that share two cores, so they
+`attached` is `coord.attach(schedule, ahead="1 micro-batch")`.
+The times of the first two tables are of ranks that share two cores, so they
 say little about waiting; the runs of a block are exact. Runs are per micro-batch, the least and the most of any
 block; 1 is the forward.
 """
@@ -39,7 +40,7 @@ block; 1 is the forward.
 WAITS = """### Replay while the gradient is on its way
 
 1F1B, blocks that compute. `after` is `attach(early_replay=False)`: replays wait for their gradient, and the
-last stage keeps its final region. `early only` replays early and keeps nothing.
+last stage kept its final region when this was measured. `early only` replays early and keeps nothing.
 """
 
 SLEEP = """### The same with blocks that sleep

@@ -173,9 +173,12 @@ class Pipeline:
         if engine == "alone":
             applied = [dc.apply(part, "blocks.*") for part in self.parts.values()]
             return lambda: [one.remove() for one in applied] and None
-        if engine in ("after", "early only", "early"):
+        if engine in ("after", "default", "early only", "early"):
             plan = dict.fromkeys(range(self.total), "blocks.*")
-            handle = Coordinator().attach(self.schedule, plan=plan, early_replay=engine != "after")
+            options: dict[str, Any] = {} if engine == "default" else {"ahead": "1 micro-batch"}
+            if engine == "after":
+                options = {"early_replay": False}
+            handle = Coordinator().attach(self.schedule, plan=plan, **options)
             if engine == "early only":  # no region is kept, so what is left is the effect of the waits
                 for stage in handle._stages.values():
                     stage.keeps = lambda *_: False  # type: ignore[method-assign]
@@ -226,7 +229,12 @@ def schedules(rounds: int) -> list[dict[str, Any]]:
     rows = []
     for name in SCHEDULES:
         pipe = Pipeline(name, 4, lambda: Block(256), 2, (64, 256))
-        rows.append({"schedule": name, "engines": measure(pipe, ["none", "torch", "alone", "early"], rounds)})
+        rows.append(
+            {
+                "schedule": name,
+                "engines": measure(pipe, ["none", "torch", "alone", "default", "early"], rounds),
+            }
+        )
     return rows
 
 
@@ -238,7 +246,9 @@ def waits(rounds: int) -> list[dict[str, Any]]:
         rows.append(
             {
                 "micro_batches": count,
-                "engines": measure(pipe, ["none", "alone", "after", "early only", "early"], rounds),
+                "engines": measure(
+                    pipe, ["none", "alone", "after", "default", "early only", "early"], rounds
+                ),
             }
         )
     return rows
@@ -253,7 +263,9 @@ def sleep(rounds: int, seconds: float) -> list[dict[str, Any]]:
         rows.append(
             {
                 "micro_batches": count,
-                "engines": measure(pipe, ["none", "alone", "after", "early only", "early"], rounds),
+                "engines": measure(
+                    pipe, ["none", "alone", "after", "default", "early only", "early"], rounds
+                ),
             }
         )
     return rows

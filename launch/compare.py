@@ -98,7 +98,9 @@ def show(results: dict[str, Result], options: Options, world: World, report: Rep
     ours = results["distckpt"].memory
     report.say(
         f"equal to the bit: losses, gradients and parameters of {whose}. distckpt keeps "
-        f"{reference.memory.kept / max(1, ours.kept):.1f} times less for backward than no checkpointing."
+        f"{reference.memory.kept / max(1, ours.kept):.1f} times less for backward than no checkpointing. "
+        f"Against torch.utils.checkpoint: {ours.peak / torch_.memory.peak:.2f} of its peak, "
+        f"{ratio(results['distckpt'], torch_):.2f} of its step time."
     )
     if not exact(results, "torch"):
         report.say(

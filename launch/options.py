@@ -38,7 +38,7 @@ class Options:
     micro_batches: int = 4
     """Micro-batches in a step, with --parallel pp and pp+fsdp; they share --batch."""
     early_replay: bool = True
-    """Replay a micro-batch while its gradient is on its way; holds the values of one micro-batch for it."""
+    """Replay the newest block of a micro-batch while its gradient is on its way."""
     compare: bool = False
     """Train all three from the same seed, step by step in turn, and print them side by side."""
     dtype: Literal["fp32", "bf16"] = "fp32"

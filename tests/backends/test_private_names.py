@@ -158,9 +158,8 @@ _NOT_OF_A_CLASS = {
     },
     "distckpt._torch": {
         "_higher_order_ops",  # in a try: not in every version
-        "_symbolic_trace",  # the same with getattr
-        "_set_is_fx_tracing",
         "_resolve_inductor_callable",
+        "_c10d_functional",  # a namespace of operators
         "_out",  # ours
         "_sequence_nr",  # of an autograd node: every operator has a class of its own
         "_torchdynamo_disable",  # set, not read

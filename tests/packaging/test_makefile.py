@@ -18,7 +18,7 @@ SUPPORTED = ("3.10.0", "3.11.2", "3.11.7", "3.12.1", "3.13.0")
 
 
 def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    for name in ("Makefile", "pyproject.toml", "constraints-dev.txt"):
+    for name in ("Makefile", "pyproject.toml", "constraints-dev.txt", "requirements-newest.txt"):
         shutil.copy(ROOT / name, folder)
     return subprocess.run(
         ["make", "-s", *words], cwd=folder, capture_output=True, text=True, timeout=60, check=False

@@ -116,15 +116,32 @@ def test_the_last_stage_replays_nothing_when_its_backward_comes_at_once(world: i
     assert all(report["kept"] == [] for report in reports.values())
 
 
-@pytest.mark.parametrize("mode", ["lazy", "one region ahead"])
 @pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B"])
-def test_without_room_the_last_stage_keeps_its_final_region_only(
-    world: int, schedule: str, mode: str
-) -> None:
-    reports = stages(world, schedule, mode)
+def test_with_room_for_one_the_last_stage_keeps_its_final_region(world: int, schedule: str) -> None:
+    reports = stages(world, schedule, "one region ahead")
     last = reports[max(reports)]
     assert {region for _, region, _ in last["kept"]} == {"1 blocks.1"}
     assert {region for _, region, _ in last["replays"]} == {"0 blocks.0"}
+
+
+@pytest.mark.parametrize("mode", ["default", "lazy"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_nothing_is_kept_unless_ahead_has_room_for_it(world: int, schedule: str, mode: str) -> None:
+    assert all(report["kept"] == [] for report in stages(world, schedule, mode).values())
+
+
+@pytest.mark.parametrize("schedule", ["GPipe", "1F1B"])
+def test_by_default_the_newest_region_of_each_micro_batch_is_early_on_every_rank_but_the_last(
+    world: int, schedule: str
+) -> None:
+    reports = stages(world, schedule, "default")
+    assert reports.pop(max(reports))["early"] == []
+    for report in reports.values():
+        assert report["early"] == [[mb, "1 blocks.1", 1] for mb in range(2 * world)]
+        assert report["ahead_bytes"] == REGION
+        assert report["lazy"] == {
+            "without ahead= only the newest region is early, which costs no memory": 2 * world
+        }
 
 
 def test_gpipe_keeps_nothing_since_its_first_backward_is_of_the_first_micro_batch(world: int) -> None:

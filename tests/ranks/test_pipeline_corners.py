@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.ranks.jobs.pipeline_corners import ALL, ROOMS
 from tests.ranks.spawn import run_ranks
 
 COUNT = 4
@@ -63,6 +64,15 @@ def test_a_kept_region_keeps_the_regions_inside_it(found: list[Any]) -> None:
     last = found[1]["nested"]["report"]["1"]
     assert last["replays"] == []
     assert count(last["kept"]) == 2 * COUNT
+
+
+@pytest.mark.parametrize("ahead", [None, ALL, *ROOMS])
+@pytest.mark.parametrize("schedule", ["GPipe", "InterleavedZeroBubble"])
+def test_a_region_inside_a_region_runs_three_times_for_a_micro_batch(
+    found: list[Any], schedule: str, ahead: Any
+) -> None:
+    for rank in found:
+        assert set(rank[f"inside, {schedule}, {ahead}"]["runs"]) == {3 * COUNT}
 
 
 def test_the_limit_holds_for_regions_inside_regions(found: list[Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.ranks.jobs.pipeline_memory import BLOCKS, COUNT, ROWS, WIDTH
+from tests.ranks.jobs.pipeline_memory import BLOCKS, COUNT
 from tests.ranks.spawn import run_ranks
 
 REGION = 197_120  # bytes that a block's replay makes
@@ -18,20 +18,11 @@ def last() -> dict[str, Any]:
     return run_ranks("tests.ranks.jobs.pipeline_memory", 1)[0]
 
 
-def test_keeping_the_only_region_of_the_last_stage_saves_every_replay_for_less_than_one_output(
-    last: dict[str, Any],
-) -> None:
-    alone, kept = last["one block, alone"], last["one block, lazy"]
-    assert kept["replays"] == 0
-    assert kept["kept"] == COUNT
-    # what the loss saves lives beside the region's values, which a replay would make when the loss is done
-    assert kept["peak"] - alone["peak"] < ROWS * WIDTH * 4
-
-
-@pytest.mark.parametrize("mode", ["lazy", "limited"])
-def test_keeping_the_final_region_costs_no_memory(last: dict[str, Any], mode: str) -> None:
-    assert last[mode]["kept"] == COUNT
-    assert last[mode]["replays"] == COUNT * (BLOCKS - 1)
+@pytest.mark.parametrize("mode", ["lazy", "default", "limited"])
+def test_the_last_stage_costs_no_more_than_regions_alone(last: dict[str, Any], mode: str) -> None:
+    kept = COUNT if mode == "limited" else 0  # the final region, for which this limit has room
+    assert last[mode]["kept"] == kept
+    assert last[mode]["replays"] == COUNT * BLOCKS - kept
     assert last[mode]["peak"] <= last["alone"]["peak"]
 
 
@@ -46,13 +37,15 @@ def first() -> dict[str, Any]:
     return run_ranks("tests.ranks.jobs.pipeline_memory", 2)[0]
 
 
-def test_the_bytes_held_ahead_are_what_the_peak_grows_by(first: dict[str, Any]) -> None:
+def test_the_peak_grows_by_the_bytes_held_ahead_less_one_region(first: dict[str, Any]) -> None:
     assert first["early"]["ahead"] == BLOCKS * REGION
     assert first["lazy"]["ahead"] == 0
-    # without early replay one region's values exist at a time
-    assert first["early"]["peak"] - first["lazy"]["peak"] == (BLOCKS - 1) * REGION
+    # without early replay one region's values exist at a time, and not all of them at its highest moment
+    more = first["early"]["peak"] - first["lazy"]["peak"]
+    assert (BLOCKS - 2) * REGION < more < BLOCKS * REGION
 
 
 def test_room_for_one_region_costs_no_memory(first: dict[str, Any]) -> None:
-    assert first["limited"]["ahead"] == REGION
-    assert first["limited"]["peak"] == first["lazy"]["peak"]
+    for mode in ("limited", "default"):
+        assert first[mode]["ahead"] == REGION
+        assert first[mode]["peak"] == first["lazy"]["peak"]

@@ -16,7 +16,7 @@ from torch.distributed.pipelining import _backward
 from distckpt._torch_dist import sharded_units
 from distckpt.ranks.pipeline.early import unsafe
 from distckpt.ranks.pipeline.halves import Again
-from distckpt.ranks.pipeline.limit import bytes_ahead
+from distckpt.ranks.pipeline.limit import Ahead, limit_of
 from distckpt.ranks.pipeline.order import Order, gpipe, one_forward_one_backward
 from tests.ranks.jobs.pipeline import Part
 
@@ -29,16 +29,16 @@ from tests.ranks.jobs.pipeline import Part
         ("800MB", 800_000_000),
         ("64 KiB", 2**16),
         ("7 B", 7),
-        ("1 micro-batch", None),
-        (None, None),
+        ("1 micro-batch", Ahead.ALL),
+        (None, Ahead.NEWEST),
     ],
 )
-def test_an_amount_is_bytes_a_size_or_one_micro_batch(ahead: Any, amount: int | None) -> None:
-    assert bytes_ahead(True, ahead) == amount
+def test_an_amount_is_bytes_a_size_one_micro_batch_or_what_costs_no_memory(ahead: Any, amount: Any) -> None:
+    assert limit_of(True, ahead) == amount
 
 
 def test_without_early_replay_nothing_is_ahead() -> None:
-    assert bytes_ahead(False, None) == 0
+    assert limit_of(False, None) == 0
 
 
 def spelled(order: list[tuple[str, int]]) -> str:

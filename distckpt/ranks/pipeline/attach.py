@@ -10,7 +10,7 @@ from distckpt._torch_dist import custom_computations, is_stage, schedule_kind, s
 from distckpt.modules import Applied, apply
 from distckpt.ranks.pipeline.early import EarlyReplay
 from distckpt.ranks.pipeline.errors import AlreadyAttached, StageNotInPlan, UnknownSchedule
-from distckpt.ranks.pipeline.limit import bytes_ahead
+from distckpt.ranks.pipeline.limit import limit_of
 from distckpt.ranks.pipeline.order import Order, order_of
 from distckpt.ranks.pipeline.report import StageReport
 from distckpt.ranks.pipeline.stage import Stage
@@ -61,17 +61,19 @@ def attach(
     """One replay per region and micro-batch, for a pipeline of ``torch.distributed.pipelining``.
 
     Every micro-batch of a stage is a session: its regions are replayed once, for both halves of a split backward,
-    and their values are dropped when the last half has used them. With ``early_replay`` the replays for the next
-    backward are made while its gradient is on its way. Where the backward of a micro-batch comes right after its
-    forward (the last stage of 1F1B) its regions are not replayed at all, within the same limit.
+    and their values are dropped when the last half has used them. With ``early_replay`` replays for the next
+    backward are made while its gradient is on its way: that of the newest region, which costs no memory, or more with
+    ``ahead``. Where the backward of a micro-batch comes right after its forward (the last stage of 1F1B), the regions
+    that ``ahead`` has room for are not replayed at all.
 
     Args:
         coordinator: of this process.
         schedule_or_stages: a schedule, or this rank's stages for a schedule of your own. Stages alone do
             not tell the order of micro-batches, so no replay is early then (``report()`` says so).
-        early_replay: replay before the gradient arrives. Costs the memory of ``ahead``.
+        early_replay: replay before the gradient arrives.
         ahead: most bytes of region values that may exist before their gradient: a number, ``"2 GiB"``, or
-            ``"1 micro-batch"`` (the default: all regions of one). A region is replayed once before its size is known.
+            ``"1 micro-batch"`` (all regions of one). Left out: those of the newest region, if it makes the stage's
+            output; any engine has them in memory next. With bytes, a region is replayed once before its size is known.
         plan: for every stage of the pipeline, the modules that become regions, as :func:`distckpt.apply` takes them;
             an empty list for none. Without it the stages keep the regions they have.
 
@@ -85,7 +87,7 @@ def attach(
         BadAhead: ``ahead`` is no amount.
         DistckptError: see :func:`distckpt.apply`. After any error everything is as it was.
     """
-    limit = bytes_ahead(early_replay, ahead)
+    limit = limit_of(early_replay, ahead)
     stages, schedule = _stages(schedule_or_stages)
     for stage in stages:
         if hasattr(stage, "_distckpt_stage"):

@@ -1,11 +1,12 @@
 """Early: replays that are made while a gradient is on its way.
 
 Note [When]
-    A stage posts the receive of a gradient, waits, and runs the backward. Between posting and waiting the regions of
-    that micro-batch are replayed, the newest first, as the backward will come to them. That costs no time, since the
-    backward would have made the same replays after the wait; and no replay is made for any later backward, which
-    could delay the next one. Whatever order other computations have, the random generators are put back by
-    each replay, so a forward that comes between draws what it would have drawn.
+    A stage posts the receive of a gradient, waits, and runs the backward. Between posting and waiting regions of that
+    micro-batch are replayed, the newest first, as the backward will come to them; how many, ``limit.py`` says. That
+    costs no time, since the backward would have made the same replays after the wait; and no replay is made for any
+    later backward, which could delay the next one. Whatever order other computations have, the random generators are
+    put back by each replay, so a forward that comes between draws what it would have drawn. A region inside another one
+    needs values of that one: it is replayed early if they are there, and never brings that replay about.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from distckpt.engine.region import Region, owner
+from distckpt.ranks.pipeline.limit import Ahead
 from distckpt.ranks.pipeline.order import Order
 from distckpt.ranks.pipeline.session import MicroBatch
 from distckpt.ranks.pipeline.stage import Stage
@@ -60,37 +62,40 @@ def replay_ahead(stage: Stage, session: MicroBatch) -> None:
     units = stage.units()
     late = stage.report.lazy
     room = stage.room(session)
+    regions = session.newest_first()
+    if stage.limit is Ahead.NEWEST:
+        for _ in regions[1:]:
+            late["without ahead= only the newest region is early, which costs no memory"] += 1
+        del regions[1:]
     stage.early = True
     try:
-        for region in session.newest_first():
-            reason = unsafe(region, units)
+        for region in regions:
+            reason = unsafe(region, units) or _no_room(stage, session, region, room)
             if reason is not None:
                 late[reason] += 1
                 continue
-            if room is not None:
-                size = stage.sizes.get(session.place(region))
-                if size is None:
-                    late["its size is not known before its first replay"] += 1
-                    continue
-                if session.ahead + size > room:
-                    late[f"more than {stage.limit} bytes ahead"] += 1
-                    continue
             region.fill()
             if room is not None and session.ahead > room:  # larger than in any micro-batch before
                 late[f"more than {stage.limit} bytes ahead, seen after the replay"] += 1
-                _make_room(session, region, room)
+                region.clear()
+                session.ahead = session.held()
     finally:
         stage.early = False
     stage.report.ahead_bytes = max(stage.report.ahead_bytes, session.held())
 
 
-def _make_room(session: MicroBatch, region: Region, room: int) -> None:
-    region.clear()
-    session.ahead = session.held()
-    if session.ahead > room:  # the replay needed that of a region around it, which was not there
-        for other in session.regions():
-            other.clear()
-        session.ahead = 0
+def _no_room(stage: Stage, session: MicroBatch, region: Region, room: int | None) -> str | None:
+    """Why the values of ``region`` would be too much, or too early, to hold before their gradient; None if not."""
+    if stage.limit is Ahead.NEWEST and not session.ends_with_region:
+        return "what the stage computes after its last region is in memory until the gradient comes"
+    if not session.replayable(region):
+        return "the region around it is not replayed early"
+    if room is None:
+        return None
+    size = stage.sizes.get(session.place(region))
+    if size is None:
+        return "its size is not known before its first replay"
+    return f"more than {stage.limit} bytes ahead" if session.ahead + size > room else None
 
 
 def unsafe(region: Region, units: dict[torch.nn.Module, tuple[str, bool]]) -> str | None:

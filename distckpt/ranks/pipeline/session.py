@@ -14,7 +14,7 @@ from distckpt.engine.inputs import tensors
 from distckpt.engine.region import Region, describe
 from distckpt.engine.sessions import Session
 from distckpt.engine.slot import Slot
-from distckpt.engine.state import here
+from distckpt.engine.state import here, region_here
 from distckpt.ranks.pipeline.halves import Again
 
 if TYPE_CHECKING:
@@ -36,7 +36,10 @@ class MicroBatch(Session):
         self.weight_bytes = 0
         self.late: str | None = None  # why nothing was replayed before the gradient, where nobody could
         self.ahead = 0  # bytes that early replays made, at least as much as they hold
+        self.ends_with_region = False  # known when the forward is over
+        self._around: weakref.WeakKeyDictionary[Region, weakref.ref[Region]] = weakref.WeakKeyDictionary()
         self._keeping = False
+        self._whole = False
         self._again: Again | None = None  # while the input half runs
         self._used: tuple[Any, list[Slot]] = (None, [])
         self._last: list[weakref.ref[torch.Tensor]] = []
@@ -63,8 +66,11 @@ class MicroBatch(Session):
 
     def enroll(self, region: Region) -> None:
         super().enroll(region)
+        around = region_here()
         if region.inner and self.groups:
             self.groups[-1].append(weakref.ref(region))
+            if around is not None:
+                self._around[region] = weakref.ref(around)
         else:
             self.groups.append([weakref.ref(region)])
 
@@ -73,11 +79,14 @@ class MicroBatch(Session):
         self.stage.replayed(self, region, place, _label(place, within, region.fn, region.options))
 
     def asked(self, slot: Slot) -> None:
-        """In the input half: drop a value at its last use, as without a session.
+        """Drop a value at its last use, as without a session: in a whole backward that is the first one.
 
+        In the input half of a split one it depends on the node.
         A slot belongs to one node. A node that does not run again in the weight half is done with its values when
         another node asks; it may ask twice for one.
         """
+        if self._whole:
+            slot.value = None
         if self._again is None:
             return
         node = current_node()
@@ -97,10 +106,16 @@ class MicroBatch(Session):
         """How many outermost regions this forward has called so far."""
         return len(self.groups) + self.kept
 
-    def ends_with(self, output: Any) -> bool:
-        """Whether the last outermost region made what the stage returned."""
+    def made(self, output: Any) -> bool:
+        """Whether the last outermost region made all that the stage returned, or what that is a view of."""
         made = [t for ref in self._last if (t := ref()) is not None]
-        return any(t is o for o in tensors(output) for t in made)
+        return all(any(o is t or (o._is_view() and o._base is t) for t in made) for o in tensors(output))
+
+    def replayable(self, region: Region) -> bool:
+        """Whether a replay of ``region`` finds its inputs, which are values of the region around it if there is one."""
+        ref = self._around.get(region)
+        around = ref() if ref is not None else None
+        return around is None or all(slot.value is not None for slot in around.living())
 
     def place(self, region: Region) -> tuple[int, int]:
         """Which outermost region ``region`` is or lies in, and its number inside."""
@@ -123,6 +138,10 @@ class MicroBatch(Session):
     def held(self) -> int:
         """Bytes of recomputed values, parameters and inputs not counted."""
         return held(self.regions(), self.stage.fixed())
+
+    def begin_whole(self) -> None:
+        """The stage is about to take all its gradients at once."""
+        self._whole = True
 
     def begin_input_half(self, outputs: Iterable[Any], inputs: Iterable[Any]) -> None:
         """The stage is about to take the gradients of its inputs only."""

@@ -10,6 +10,7 @@ import torch
 from distckpt._torch_dist import BACKWARD, FORWARD, INPUT_BACKWARD, WEIGHT_BACKWARD, sharded_units, stage_ends
 from distckpt.engine.held import held, keys
 from distckpt.engine.region import Region
+from distckpt.ranks.pipeline.limit import Ahead
 from distckpt.ranks.pipeline.order import Order
 from distckpt.ranks.pipeline.report import StageReport
 from distckpt.ranks.pipeline.session import MicroBatch
@@ -26,10 +27,10 @@ WRAPPED = (
 class Stage:
     """Sessions of one stage's micro-batches, opened and closed by the stage's own calls.
 
-    ``limit`` is how many bytes may be held ahead of their gradient; None for one whole micro-batch.
+    ``limit`` is how many bytes may be held ahead of their gradient, or what else says how much.
     """
 
-    def __init__(self, stage: Any, order: Order, limit: int | None) -> None:
+    def __init__(self, stage: Any, order: Order, limit: int | Ahead) -> None:
         self.stage = stage
         self.index: int = stage.stage_index
         self.order = order
@@ -40,7 +41,6 @@ class Stage:
             tuple[int, int], int
         ] = {}  # bytes of a region's values, by its place; kept over steps
         self.outermost: int | None = None  # outermost regions of one forward
-        self.ends_with_region = False
         self.early = False
         self.why_unseen: Callable[[], str] | None = None  # None: nobody looks for waits
         self.report = StageReport(self.index)
@@ -94,7 +94,7 @@ class Stage:
             out = original(index, *args, **kwargs)
         self.sessions[index] = session
         self.outermost = session.outermost
-        self.ends_with_region = session.ends_with(out)
+        session.ends_with_region = session.made(out)
         return out
 
     def _get_bwd_recv_ops(self, original: Callable[..., Any], index: int, *args: Any, **kwargs: Any) -> Any:
@@ -117,7 +117,9 @@ class Stage:
         whole = (
             full or self.stage.dw_builder is not None
         )  # a weight function of the stage's own needs no graph
-        if not whole and session.groups:
+        if whole:
+            session.begin_whole()
+        elif session.groups:
             session.begin_input_half(*stage_ends(self.stage, index))
         try:
             out = original(index, *args, **kwargs)
@@ -159,24 +161,21 @@ class Stage:
     def keeps(self, session: MicroBatch, place: int) -> bool:
         """Whether an outermost region is better a plain call, as its backward is what this rank computes next.
 
-        Its values then exist ahead of their gradient just as after an early replay, so the same limit holds. The
-        region that makes the stage's output needs no room: a replay would make its values again before any other's.
+        Its values then exist ahead of their gradient just as after an early replay, so the same limit holds. They
+        live beside what the loss needs, which those of a replay do not: none is kept without a limit that allows it.
         """
         if not session.consumed_now:
             return False
-        if self.limit is None:
-            return True
+        if isinstance(self.limit, Ahead):
+            return self.limit is Ahead.ALL
         if self.outermost is None or place >= self.outermost:
             return False
-        last = self.outermost - 1
-        if place == last and self.ends_with_region:
-            return True
-        sizes = [self.group_size(p) for p in range(place, last + 1)]
+        sizes = [self.group_size(p) for p in range(place, self.outermost)]
         return all(s is not None for s in sizes) and sum(s or 0 for s in sizes) <= self.limit
 
     def room(self, session: MicroBatch) -> int | None:
-        """Bytes that may be replayed ahead for ``session``, beside what it keeps already; None without a limit."""
-        if self.limit is None:
+        """Bytes that may be replayed ahead for ``session``, beside what it keeps; None: not counted."""
+        if isinstance(self.limit, Ahead):
             return None
         kept = range(len(session.groups), session.outermost)
         return self.limit - sum(self.group_size(place) or 0 for place in kept)
@@ -193,7 +192,7 @@ class Stage:
             self.report.early[session.index, label] += 1
         elif session.late is not None:
             self.report.lazy[session.late] += 1
-        if self.limit:
+        if self.limit and not isinstance(self.limit, Ahead):
             where = session.place(region)
             size = held([region], self.fixed())
             self.sizes[where] = max(size, self.sizes.get(where, 0))

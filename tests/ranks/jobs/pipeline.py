@@ -142,7 +142,8 @@ def told(handle: Any) -> dict[int, Any]:
 
 
 MODES: dict[str, dict[str, Any]] = {
-    "early": {},
+    "default": {},
+    "early": {"ahead": "1 micro-batch"},
     "lazy": {"early_replay": False},
     "one region ahead": {"ahead": 4000},
 }

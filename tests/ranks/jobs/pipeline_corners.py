@@ -16,6 +16,8 @@ from tests.ranks.jobs.pipeline import WIDTH, Block, Part, batch, equal, pipeline
 from tests.ranks.spawn import leave, report
 
 COUNT = 4
+ALL = "1 micro-batch"
+ROOMS = (3000, 6000, 12_000)  # bytes: for an inner region alone, for some of both kinds, for all of one block
 
 
 class Normed(nn.Module):
@@ -118,9 +120,34 @@ def attached(name: str, make: Any, glob: str = "blocks.*", **options: Any) -> di
             if isinstance(module, Nested):
                 module.on = True
     plan = dict.fromkeys(range(next(iter(stages.values())).num_stages), glob)
-    with Coordinator().attach(schedule, plan=plan, **options) as handle:
+    with Coordinator().attach(schedule, plan=plan, **{"ahead": ALL, **options}) as handle:
         found = after_first_step(schedule, stages)
         return {"equal": equal(expected, found), "report": told(handle)}
+
+
+class Around(nn.Module):
+    """A block around a block that is a region by the plan."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inside, self.last = Block(), Block(), Block()
+        self.runs = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.inside(self.first(x)))
+
+
+def inside(name: str, **options: Any) -> dict[str, Any]:
+    """How often a region inside a region runs in a step."""
+    schedule, stages = pipeline(name, COUNT, lambda: Stack(Around))
+    plan = dict.fromkeys(range(next(iter(stages.values())).num_stages), ("blocks.*", "blocks.*.inside"))
+    with Coordinator().attach(schedule, plan=plan, **options):
+        step(schedule, stages, COUNT)
+        blocks = [block for stage in stages.values() for block in stage.submod.blocks]
+        for block in blocks:
+            block.inside.runs = 0
+        step(schedule, stages, COUNT)
+        return {"runs": [block.inside.runs for block in blocks]}
 
 
 def growing() -> dict[str, Any]:
@@ -135,7 +162,7 @@ def growing() -> dict[str, Any]:
 def evaluation() -> dict[str, Any]:
     """A step without backward between two with."""
     schedule, stages = pipeline("1F1B", COUNT)
-    with Coordinator().attach(schedule, plan={0: "blocks.*", 1: "blocks.*"}) as handle:
+    with Coordinator().attach(schedule, plan={0: "blocks.*", 1: "blocks.*"}, ahead=ALL) as handle:
         step(schedule, stages, COUNT)
         x, target = batch(COUNT)
         before = counters.replays
@@ -155,7 +182,9 @@ def stages_alone() -> dict[str, Any]:
     """The schedule is not known, so the order is not: one replay all the same."""
     expected = results(*pipeline("InterleavedZeroBubble", COUNT), COUNT, steps=1)
     schedule, stages = pipeline("InterleavedZeroBubble", COUNT)
-    with Coordinator().attach(list(stages.values()), plan=dict.fromkeys(range(4), "blocks.*")) as handle:
+    with Coordinator().attach(
+        list(stages.values()), plan=dict.fromkeys(range(4), "blocks.*"), ahead=ALL
+    ) as handle:
         same = equal(expected, results(schedule, stages, COUNT, steps=1))
         return {"equal": same, "report": told(handle)}
 
@@ -163,7 +192,7 @@ def stages_alone() -> dict[str, Any]:
 def unseen_wait() -> dict[str, Any]:
     """A step that waits where nobody looks, as a later torch may."""
     schedule, stages = pipeline("1F1B", COUNT)
-    with Coordinator().attach(schedule, plan={0: "blocks.*", 1: "blocks.*"}) as handle:
+    with Coordinator().attach(schedule, plan={0: "blocks.*", 1: "blocks.*"}, ahead=ALL) as handle:
         del schedule._step_microbatches
         results(schedule, stages, COUNT, steps=1)
         return {"report": told(handle)}
@@ -174,12 +203,12 @@ def removed() -> dict[str, Any]:
     schedule, stages = pipeline("1F1B", COUNT)
     everything = [schedule, *stages.values(), *(m for s in stages.values() for m in s.submod.modules())]
     before = [set(vars(thing)) for thing in everything]
-    handle = Coordinator().attach(schedule, plan={0: "blocks.*", 1: "blocks.*"})
+    handle = Coordinator().attach(schedule, plan={0: "blocks.*", 1: "blocks.*"}, ahead=ALL)
     on = [set(vars(thing)) for thing in everything] != before
     handle.remove()
     handle.remove()
     off = [set(vars(thing)) for thing in everything] == before
-    with Coordinator().attach(schedule):
+    with Coordinator().attach(schedule, ahead=ALL):
         step(schedule, stages, COUNT)
     return {"on": on, "off": off}
 
@@ -215,7 +244,7 @@ def failed_step() -> dict[str, Any]:
         stage.submod.zero_grad()
     expected = results(schedule, stages, 2, steps=1)
     schedule, stages = pipeline("GPipe", 2, make)
-    with Coordinator().attach(schedule, plan={0: "blocks.*", 1: "blocks.*"}):
+    with Coordinator().attach(schedule, plan={0: "blocks.*", 1: "blocks.*"}, ahead=ALL):
         found: dict[str, Any] = {"raised": None}
         step(schedule, stages, 2)
         if 0 in stages:
@@ -263,7 +292,7 @@ def own_computation() -> dict[str, Any]:
             by_index[stage.stage_index - 1].set_local_bwd_input(stage.get_local_bwd_output(index), index)
 
     schedule.register_custom_function(OVERLAP_F_B, overlap)
-    with Coordinator().attach(schedule, plan=dict.fromkeys(range(4), "blocks.*")) as handle:
+    with Coordinator().attach(schedule, plan=dict.fromkeys(range(4), "blocks.*"), ahead=ALL) as handle:
         same = equal(expected, results(schedule, stages, COUNT, steps=1))
         return {"equal": same, "report": told(handle)}
 
@@ -284,7 +313,7 @@ def function_regions() -> dict[str, Any]:
     schedule, stages = pipeline("InterleavedZeroBubble", COUNT, Calls)
     for stage in stages.values():
         stage.submod.on = True
-    with Coordinator().attach(schedule) as handle:
+    with Coordinator().attach(schedule, ahead=ALL) as handle:
         same = equal(expected, results(schedule, stages, COUNT, steps=1))
         return {"equal": same, "report": told(handle)}
 
@@ -297,6 +326,11 @@ def main() -> None:
         "nested": attached("1F1B", lambda: Stack(Nested)),
         "nested, split": attached("InterleavedZeroBubble", lambda: Stack(Nested)),
         "nested, limited": attached("GPipe", lambda: Stack(Nested), ahead="5 KiB"),
+        **{
+            f"inside, {name}, {ahead}": inside(name, ahead=ahead)
+            for name in ("GPipe", "InterleavedZeroBubble")
+            for ahead in (None, ALL, *ROOMS)
+        },
         "growing": growing(),
         "tied, split": attached("InterleavedZeroBubble", lambda: Stack(Tied)),
         "frozen, split": attached("InterleavedZeroBubble", Frozen),

@@ -32,7 +32,7 @@ def run(name: str, mesh: Any, around: str, **sharded: Any) -> dict[str, Any]:
     schedule, stages = pipeline(name, COUNT, make, group)
     total = next(iter(stages.values())).num_stages
     plan = dict.fromkeys(range(total), "blocks.*" if around == "block" else "part")
-    with Coordinator().attach(schedule, plan=plan) as handle:
+    with Coordinator().attach(schedule, plan=plan, ahead="1 micro-batch") as handle:
         same = equal(plain, results(schedule, stages, COUNT, steps=2))
         return {"equal": same, "report": told(handle)}
 
