@@ -77,10 +77,20 @@ def _keeps_and_changes(program: p.Program) -> bool:
     return selective and any(isinstance(step, p.InPlace | p.Unsafe | p.Library) for step in steps)
 
 
+def _scripts_outside(program: p.Program) -> bool:
+    """Say whether a scripted function is called outside of regions as well, where TorchScript optimises it."""
+    return any(
+        isinstance(step, p.Library) and step.op == "script" and not around
+        for step, around in p.walk(program.body)
+    )
+
+
 def judge(program: p.Program, engine: Engine) -> Verdict:
     """Run a program both ways; return how they agree, or raise Disagreement."""
     if not engine.ours:
         program = for_torch(program)
+    if engine == TORCH and program.finish == "threads" and p.draws_random(program.body):
+        return Verdict("left out", "torch's replays on two threads draw each other's numbers")
     reason = left_out(program)
     if reason is not None:
         return Verdict("left out", reason)
@@ -105,6 +115,8 @@ def _judge_ours(program: p.Program, engine: Engine, expected: Outcome, got: Outc
         told = "mutated" in str(got.error) or "changed in place" in str(got.error)
         if expected.changed == "owned" or (told and _keeps_and_changes(program)):
             return Verdict("refused", f"{type(got.error).__name__}")
+        if "DC128" in str(got.error) and _scripts_outside(program):
+            return Verdict("refused", "TorchScript optimised a function between record and replay")
         if run(without_hooks(program, *HOOKS), PLAIN).error is not None:
             # a user's hooks that copy make a change in place legal, but a region's tensors do not pass them
             return Verdict("refused", f"{type(got.error).__name__}, legal with copying hooks only")
