@@ -58,6 +58,8 @@ def _step(step: p.Step, selective: bool, in_selective: bool) -> p.Step:
         case p.InPlace(_, src, _) if in_selective:
             # a cached result must not change
             return p.Unary("halve", src)
+        case p.Unsafe(_, src, param) if in_selective:
+            return p.Linear(src, param)
         case p.InnerGrad(src) if in_selective:
             # a gradient taken inside uses up the one backward
             return p.Unary("sin", src)
