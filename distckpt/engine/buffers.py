@@ -3,9 +3,11 @@
 Note [Which buffers]
     Those of the modules that the call reaches: the function itself when it is a module, the owner of a bound method,
     arguments, modules bound in a partial, in closure cells, in defaults or read as globals, attributes of an object
-    that holds them, and what a function of the same file reaches that is used this way. Finding them costs a plain
-    function two dictionary lookups. A value from before the forward is kept for small buffers and for those known
-    to change; any other buffer that changes is an error once and kept from then on.
+    that holds them, two objects deep, and what a function of the same file reaches that is used this way. Finding them
+    costs a plain function two dictionary lookups. A value from before the forward is kept for small buffers and for
+    those known to change; any other buffer that changes is an error once and kept from then on. Where a function of
+    the call names ``batch_norm`` itself, the vectors that the call holds and that need no gradient may be its
+    statistics.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import dis
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -51,7 +53,7 @@ def reached_modules(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
     return found or None
 
 
-def _in_value(value: Any, found: list[Module], seen: set[int], deep: bool = True) -> None:
+def _in_value(value: Any, found: list[Module], seen: set[int], deep: int = 2) -> None:
     kind = type(value)
     if kind in _PLAIN or id(value) in seen:
         return
@@ -73,8 +75,8 @@ def _in_value(value: Any, found: list[Module], seen: set[int], deep: bool = True
         for part in value.values():
             _in_value(part, found, seen, deep)
     elif deep and kind.__module__ != "builtins" and not isinstance(value, (type, torch.Tensor, ModuleType)):
-        for part in getattr(value, "__dict__", {}).values():  # an object that holds modules, one level deep
-            _in_value(part, found, seen, False)
+        for part in getattr(value, "__dict__", {}).values():  # an object that holds modules
+            _in_value(part, found, seen, deep - 1)
         call = getattr(kind, "__call__", None)  # noqa: B004
         if type(call) is FunctionType:
             _in_function(call, found, seen)
@@ -138,13 +140,14 @@ class _Entry:
 
     __slots__ = ("before", "key", "owner", "statistic", "tensor", "version")
 
-    def __init__(self, owner: Module, key: str, tensor: torch.Tensor) -> None:
+    def __init__(self, owner: Module | _Loose, key: str, tensor: torch.Tensor) -> None:
         self.owner = owner
         self.key = key
         self.tensor = tensor
         self.version = tensor._version
-        self.statistic = isinstance(owner, BatchNorm) and owner.training
-        keep = self.statistic or tensor.numel() <= _SMALL or key in _known_to_change.get(owner, ())
+        known = _known_to_change.get(owner, ()) if isinstance(owner, Module) else (key,)
+        self.statistic = not isinstance(owner, Module) or (isinstance(owner, BatchNorm) and owner.training)
+        keep = self.statistic or tensor.numel() <= _SMALL or key in known
         self.before = tensor.detach().clone() if keep else None
 
     def changed(self) -> bool:
@@ -168,6 +171,23 @@ def watch(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Buffers | N
     return Buffers(entries) if entries else None
 
 
+class _Loose:
+    """A tensor of the call itself, as if a module held it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._buffers: dict[str, torch.Tensor | None] = {"statistic": tensor}
+
+
+def with_statistics(found: Buffers | None, held: Iterable[torch.Tensor]) -> Buffers | None:
+    """``found``, and those tensors that may be statistics which the region hands to a normalisation itself."""
+    entries = [
+        _Entry(_Loose(t), "statistic", t)
+        for t in {id(t): t for t in held}.values()
+        if t.dim() == 1 and t.is_floating_point() and not t.requires_grad and not t.is_inference()
+    ]
+    return Buffers([*(found.entries if found else ()), *entries]) if entries else found
+
+
 class Buffers:
     """Buffers of one region. After :meth:`changes` only those that the forward changed."""
 
@@ -187,7 +207,8 @@ class Buffers:
             return None
         lost = []
         for e in changed:
-            _known_to_change.setdefault(e.owner, set()).add(e.key)
+            if isinstance(e.owner, Module):
+                _known_to_change.setdefault(e.owner, set()).add(e.key)
             if e.owner._buffers.get(e.key) is not e.tensor and e.tensor._version == e.version:
                 e.before = e.tensor  # replaced, not written: the old one still has the old values
             if e.before is None:

@@ -30,13 +30,14 @@ _LIBRARIES = frozenset({"torch", "distckpt", "distckpt_backends"})
 _PLAIN = frozenset({int, float, bool, str, type(None), ModuleType, BuiltinFunctionType, type, object})
 _contents = attrgetter("cell_contents")
 _NONE: list[torch.Tensor] = []
+_NORMALISATIONS = frozenset({"batch_norm", "native_batch_norm"})
 _HOLDERS = (FunctionType, MethodType, partial, tuple, Wrapping)
 
 
 class Names:
     """The names that a code object, with the functions inside it, reads or assigns outside itself."""
 
-    __slots__ = ("absent", "assigned", "assigns", "globals", "live_cells")
+    __slots__ = ("absent", "assigned", "assigns", "globals", "live_cells", "normalises")
 
     def __init__(self, code: CodeType, library: bool) -> None:
         read, assigned = _globals(code)
@@ -46,6 +47,7 @@ class Names:
         self.absent = (_ABSENT,) * len(self.globals)
         self.live_cells = [i for i, name in enumerate(code.co_freevars, len(self.globals)) if name in cells]
         self.assigns = bool(self.assigned or cells)
+        self.normalises = _normalises(code)
 
 
 _names: dict[CodeType, Names] = {}
@@ -72,6 +74,12 @@ def _globals(code: CodeType) -> tuple[set[str], set[str]]:
             read |= more[0]
             assigned |= more[1]
     return read, assigned
+
+
+def _normalises(code: CodeType) -> bool:
+    return not _NORMALISATIONS.isdisjoint(code.co_names) or any(
+        _normalises(inner) for inner in code.co_consts if type(inner) is CodeType
+    )
 
 
 def _assigned_cells(code: CodeType, free: frozenset[str]) -> set[str]:
@@ -136,6 +144,7 @@ def capture(fn: Any, scan: Scan) -> list[Captured] | None:
     if type(fn) is FunctionType and scan.functions is None:
         names = _names.get(fn.__code__) or _find_names(fn)
         values = _held(fn, names)
+        scan.normalises = names.normalises
         if not names.assigns and _PLAIN.issuperset(map(type, values)):
             return [_captured(fn, names, values)] if values else None
     found = [fn] if type(fn) is FunctionType else _functions_in(fn)
@@ -148,6 +157,7 @@ def capture(fn: Any, scan: Scan) -> list[Captured] | None:
         names = _names.get(f.__code__) or _find_names(f)
         values = _held(f, names)
         assigns = assigns or names.assigns
+        scan.normalises = scan.normalises or names.normalises
         for i, value in enumerate(values):
             if type(value) in _PLAIN:
                 continue
@@ -155,6 +165,8 @@ def capture(fn: Any, scan: Scan) -> list[Captured] | None:
                 if scan.hooked:
                     scan.captured = [*(scan.captured or ()), value]
                 values[i] = scan.tensor(value)
+            elif isinstance(value, torch.Generator):
+                scan.generator(value)
             else:
                 scan.modules = True
                 if isinstance(value, _HOLDERS):
@@ -166,7 +178,7 @@ def capture(fn: Any, scan: Scan) -> list[Captured] | None:
         if values:
             kept.append(_captured(f, names, values))
     if helpers:
-        assigns = _capture_helpers(kept, helpers) or assigns
+        assigns = _capture_helpers(kept, helpers, scan) or assigns
     if assigns:
         scan.modules = True
         if len(kept) > 1:
@@ -174,7 +186,7 @@ def capture(fn: Any, scan: Scan) -> list[Captured] | None:
     return kept or None
 
 
-def _capture_helpers(kept: list[Captured], helpers: list[FunctionType]) -> bool:
+def _capture_helpers(kept: list[Captured], helpers: list[FunctionType], scan: Scan) -> bool:
     """Functions that others call by a global name. What they read may be for other calls: kept, but not owned."""
     seen = {id(c.fn) for c in kept}
     assigns = False
@@ -182,9 +194,12 @@ def _capture_helpers(kept: list[Captured], helpers: list[FunctionType]) -> bool:
         if id(f) not in seen:
             seen.add(id(f))
             names = _names.get(f.__code__) or _find_names(f)
+            scan.normalises = scan.normalises or names.normalises
             values = _held(f, names)
             for value in values:
-                if type(value) not in _PLAIN and isinstance(value, _HOLDERS):
+                if isinstance(value, torch.Generator):
+                    scan.generator(value)
+                elif type(value) not in _PLAIN and isinstance(value, _HOLDERS):
                     helpers += [g for g in _functions_in(value) if g.__globals__ is f.__globals__]
             if values:
                 kept.append(_captured(f, names, values))
@@ -230,6 +245,16 @@ def _leave_assigned(kept: list[Captured]) -> None:
                 c.values[i] = _LIVE
 
 
+def held_tensors(kept: list[Captured]) -> list[torch.Tensor]:
+    """What now stands where the names held an owned tensor."""
+    return [
+        now
+        for c in kept
+        for value, now in zip(c.values, _held(c.fn, c.names), strict=True)
+        if type(value) in OWNED
+    ]
+
+
 def _name(c: Captured, i: int) -> str:
     names = (*c.names.globals, *c.fn.__code__.co_freevars)
     return names[i] if i < len(names) else "a default"
@@ -263,8 +288,8 @@ class Renewed:
 
         return run
 
-    def value(self, value: Any) -> Any:
-        """``value`` with the functions in it exchanged; itself when there are none."""
+    def value(self, value: Any, inside: tuple[Any, ...] = ()) -> Any:
+        """``value`` with the functions in it exchanged; itself when there are none, or when it is ``inside`` itself."""
         kind = type(value)
         if kind in _PLAIN or isinstance(value, _Tensor):
             return value
@@ -277,9 +302,10 @@ class Renewed:
             fn = self.value(value.function)
             return value if fn is value.function else value.around(fn)
         opened = parts_of(value)
-        if opened is None:
+        if opened is None or any(value is around for around in inside):
             return value
-        parts = [self.value(part) for part in opened[0]]
+        inside = (*inside, value)
+        parts = [self.value(part, inside) for part in opened[0]]
         same = all(part is old for part, old in zip(parts, opened[0], strict=True))
         return value if same else opened[1]()(parts)
 

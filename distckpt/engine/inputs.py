@@ -117,6 +117,8 @@ class Scan:
     captured: list[torch.Tensor] | None = None  # behind hooks: the tensors that names hold
     hooked = False  # what is saved goes through hooks, which make another tensor of it
     repeats = False
+    generators: list[torch.Generator] | None = None
+    normalises = False  # a function of the call may hand statistics to a normalisation itself
     modules = False  # a name of the region's function may lead to a module
 
     def tensor(self, x: torch.Tensor) -> Any:
@@ -145,6 +147,10 @@ class Scan:
         self.keep = _as_it_is
         own_call(fn, args, kwargs, self)
         self.keep = None
+
+    def generator(self, value: torch.Generator) -> None:
+        """Note a generator that the region may draw from."""
+        self.generators = [*(self.generators or ()), value]
 
     def function(self, fn: Any) -> None:
         """Note a function that the region's function may call."""
@@ -217,6 +223,8 @@ def _own(value: Any, scan: Scan) -> Any:
         return value
     opened = parts_of(value)
     if opened is None:
+        if isinstance(value, torch.Generator):
+            scan.generator(value)
         return value
     seen = scan.memory()
     if id(value) in seen:
@@ -326,12 +334,13 @@ def check_marks(then: list[tuple[Any, int]], value: Any) -> None:
             )
 
 
-def tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in ``value``, in call order."""
+def tensors(value: Any, inside: tuple[Any, ...] = ()) -> Iterator[torch.Tensor]:
+    """Every tensor in ``value``, in call order; ``inside``: the containers around it, which may hold themselves."""
     if isinstance(value, torch.Tensor):
         yield value
     elif type(value) not in _ATOMS:
         opened = parts_of(value)
-        if opened is not None:
+        if opened is not None and all(value is not around for around in inside):
+            inside = (*inside, value)
             for child in opened[0]:
-                yield from tensors(child)
+                yield from tensors(child, inside)

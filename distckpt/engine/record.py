@@ -70,7 +70,7 @@ def _record(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Opt
     except BaseException as error:
         abort_region(region, error)
         raise
-    close_region(region, out)
+    close_region(region, out, (fn, args, kwargs))
     return out
 
 
@@ -91,6 +91,7 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
     strict = options.strict
     hooks = top_saved_tensors_hooks()
     marked = hooks is not None and not is_engine_hook(hooks)
+    generators: list[torch.Generator] | None = None
     if strict:
         scan = Scan()
         if hooks is not None:
@@ -104,7 +105,11 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
         if marked:
             r.marks = inputs.marks((fn, args, kwargs, scan.captured))
         r.repeats = scan.repeats
+        generators = scan.generators
         r.buffers = buffers.watch(fn if scan.modules or type(fn) is not FunctionType else None, args, kwargs)
+        if scan.normalises:
+            held = closure.held_tensors(r.captured) if r.captured is not None else []
+            r.buffers = buffers.with_statistics(r.buffers, tensors((fn, args, kwargs, held)))
     else:
         r.fn = fn
         if marked:
@@ -119,9 +124,9 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
         sessions.enroll(r)
     backends = live()
     if backends:
-        _stash_devices(r, fn, args, kwargs, backends)
-    elif streams.registered() and options.preserve_rng_state:
-        r.stash = rng.Stash((), ())
+        _stash_devices(r, fn, args, kwargs, backends, generators)
+    elif (generators is not None or streams.registered()) and options.preserve_rng_state:
+        r.stash = rng.Stash((), (), generators)
     if options.preserve_rng_state:
         r.rng_before = rng.cpu_before()
     r.refs = []
@@ -189,7 +194,12 @@ def _packer(r: Region) -> Any:
 
 
 def _stash_devices(
-    r: Region, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], backends: tuple[Any, ...]
+    r: Region,
+    fn: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    backends: tuple[Any, ...],
+    generators: list[torch.Generator] | None,
 ) -> None:
     strict = r.options.strict
     met = tensors((fn, args, kwargs) if strict else args)
@@ -197,7 +207,7 @@ def _stash_devices(
     types = choose(device_types(met), name, describe(fn, r.options))
     chosen = backends if name == "all" else stashed_backends(types, backends)
     if r.options.preserve_rng_state:
-        r.stash = rng.Stash(chosen, tuple(b for b in backends if b not in chosen))
+        r.stash = rng.Stash(chosen, tuple(b for b in backends if b not in chosen), generators)
     for backend in chosen:
         if backend.capabilities.deferred:
             where, graph = describe(fn, r.options), traced_graph()
@@ -208,8 +218,8 @@ def _stash_devices(
                 r.session = r.buffers = None
 
 
-def close_region(r: Region, out: Any) -> None:
-    """Finish a record whose function returned ``out``.
+def close_region(r: Region, out: Any, call: tuple[Any, ...] | None = None) -> None:
+    """Finish a record whose function returned ``out``; ``call`` if ``out`` is what that returned, and has a graph.
 
     Raises:
         UnstashedDraw: random numbers were drawn on a device that the region does not stash.
@@ -249,8 +259,8 @@ def close_region(r: Region, out: Any) -> None:
         r.tie.attach(out)
     elif r.traced is not None:
         r.traced.seal(r.pins)
-    if last_script() is not None:
-        _remember_nodes(r, out)
+    if call is not None and last_script() is not None:
+        _remember_nodes(r, out, call)
 
 
 def abort_region(r: Region, error: BaseException) -> None:
@@ -264,10 +274,12 @@ def abort_region(r: Region, error: BaseException) -> None:
         _leave_forward_context(r, error)
 
 
-def _remember_nodes(r: Region, out: Any) -> None:
+def _remember_nodes(r: Region, out: Any, call: tuple[Any, ...]) -> None:
     from distckpt.engine.scripted import nodes
 
-    r.nodes = nodes(out, tensors(inputs.give_back([r.fn, r.args, r.kwargs], "inputs")))
+    # What the call holds, not what the region owns of it: to unpack that would run hooks and an outer region's replay.
+    captured = closure.held_tensors(r.captured) if r.captured is not None else []
+    r.nodes = nodes(out, tensors((*call, captured)))
     r.early_stop = False
 
 

@@ -176,6 +176,8 @@ def _replay(r: Region, run: Any) -> None:
                 stack.enter_context(r.buffers.rewound())
             if now != r.ambient:
                 stack.enter_context(ambient.entered(r.ambient, now))
+            else:
+                stack.callback(ambient.put_back, now)
             if r.replay_context is not None:
                 stack.enter_context(r.replay_context.replaying())
             run(r, fn, args, kwargs, generators, mismatch)

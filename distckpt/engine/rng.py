@@ -1,11 +1,11 @@
 """RNG stash of a region: what is read before the forward, kept after it, and restored for a replay.
 
 Note [What is stashed]
-    The CPU, every live device of the chosen device type (a read is two host integers), and every registered
-    stream. A device of another type that moved is a draw nobody can replay. Of a stream that did not move the state is
-    kept as well, shared by all regions since the last draw: the function may have drawn and put the state back
-    (``fork_rng``), and nothing in a generator tells. Its replay writes a generator only when somebody has drawn
-    from it since.
+    The CPU, every live device of the chosen device type (a read is two host integers), every registered stream, and
+    every other generator that the call passes or that its functions read by name. A device of another type that moved
+    is a draw nobody can replay. Of a stream that did not move the state is kept as well, shared by all regions since
+    the last draw: the function may have drawn and put the state back (``fork_rng``), and nothing in a generator tells.
+    Its replay writes a generator only when somebody has drawn from it since.
 
 Note [Where the forward ended]
     The state after the forward is kept for what moved. A replay may stop early where every generator that it drew
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -113,13 +114,27 @@ class Stash:
 
     __slots__ = ("foreign", "own", "types")
 
-    def __init__(self, chosen: tuple[Backend, ...], others: tuple[Backend, ...]) -> None:
+    def __init__(
+        self,
+        chosen: tuple[Backend, ...],
+        others: tuple[Backend, ...],
+        given: Iterable[torch.Generator] | None = None,
+    ) -> None:
         self.types = tuple(b.device_type for b in (*chosen, *others))
         self.own = [(s, s.get_state()) for b in chosen if b.capabilities.rng for s in _generators(b)] + [
             (s, s.get_state()) for s in streams.registered()
         ]
+        if given is not None:
+            self.own += [(s, s.get_state()) for s in streams.unregistered(given)]
         # States of generators nobody will restore: only compared after the forward.
-        self.foreign = [(s, s.get_state()) for b in others if b.capabilities.rng for s in _generators(b)]
+        passed = [g.device for g in given or () if _is_default(g)]
+        self.foreign = [
+            (s, s.get_state())
+            for b in others
+            if b.capabilities.rng
+            for s in _generators(b)
+            if s.device not in passed
+        ]
 
     def moved(self) -> tuple[list[Draw], list[Draw], list[str]]:
         """The stashed streams that moved, those that did not, and the names of the foreign ones that did."""
@@ -130,6 +145,13 @@ class Stash:
             else:
                 idle.append(Draw(s, before, before))
         return draws, idle, [s.name for s, before in self.foreign if s.moved(before)]
+
+
+def _is_default(generator: torch.Generator) -> bool:
+    device = generator.device
+    return device.type != "cpu" and any(
+        g is generator for g in getattr(torch.get_device_module(device), "default_generators", ())
+    )
 
 
 def _generators(backend: Backend) -> list[Generator]:

@@ -21,7 +21,10 @@ from distckpt.engine.inputs import tensors
 
 
 def nodes(out: Any, inputs: Iterable[torch.Tensor]) -> Counter[str]:
-    """Names of the autograd nodes between ``inputs`` and the tensors in ``out``, with how many there are of each."""
+    """Names of the autograd nodes between ``inputs`` and the tensors in ``out``, with how many there are of each.
+
+    Aliases left out: a tensor subclass makes them where ``__torch_function__`` is on, and in a backward it is off.
+    """
     seen: set[Any] = {None, *(t.grad_fn for t in inputs)}
     waiting: list[Any] = [t.grad_fn for t in tensors(out)]
     names: Counter[str] = Counter()
@@ -29,7 +32,8 @@ def nodes(out: Any, inputs: Iterable[torch.Tensor]) -> Counter[str]:
         node = waiting.pop()
         if node not in seen:
             seen.add(node)
-            names[node.name()] += 1
+            if not node.name().startswith("AliasBackward"):
+                names[node.name()] += 1
             waiting += [below for below, _ in node.next_functions]
     return names
 

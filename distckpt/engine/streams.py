@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -34,6 +35,26 @@ class Stream:
     def moved(self, state: Any) -> bool:
         """Whether anything was drawn since ``state`` was read."""
         return not same(self.get_state(), state)
+
+
+class GeneratorStream(Stream):
+    """A ``torch.Generator`` as a stream."""
+
+    __slots__ = ("generator",)
+
+    def __init__(self, name: str, generator: torch.Generator) -> None:
+        super().__init__(name, generator.get_state, generator.set_state)
+        self.generator = generator
+
+
+def unregistered(generators: Iterable[torch.Generator]) -> list[Stream]:
+    """A stream for each of ``generators``, once, that no region stashes by itself."""
+    known = {id(s.generator) for s in _streams if type(s) is GeneratorStream}
+    return [
+        GeneratorStream(f"the torch.Generator at {i:#x}", g)
+        for i, g in {id(g): g for g in generators}.items()
+        if i not in known and g is not torch.default_generator
+    ]
 
 
 def same(a: Any, b: Any) -> bool:
@@ -118,18 +139,47 @@ def register(name: str, generator: torch.Generator) -> Registration:
             f"stream {name!r} is a {type(generator).__name__}, not a torch.Generator",
             fix="for another kind of source use rng.register_source(name, get_state, set_state)",
         )
-    return add(Stream(name, generator.get_state, generator.set_state))
+    return add(GeneratorStream(name, generator))
 
 
-def register_source(name: str, get_state: Callable[[], Any], set_state: Callable[[Any], Any]) -> Registration:
+_LIBRARIES = {
+    "numpy": ("numpy.random", "get_state", "set_state"),
+    "python": ("random", "getstate", "setstate"),
+}
+"""Foreign sources that :func:`register_source` knows by name: module, and its two functions."""
+
+
+def _of_library(name: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    if name not in _LIBRARIES:
+        raise StreamError(
+            f"source {name!r} is none that has functions of its own here",
+            why=f"by name alone there are {' and '.join(map(repr, _LIBRARIES))}",
+            fix="pass its two functions: rng.register_source(name, get_state, set_state)",
+        )
+    module, get_state, set_state = _LIBRARIES[name]
+    try:
+        library = importlib.import_module(module)
+    except ImportError as error:
+        raise StreamError(
+            f"source {name!r} cannot be imported", why=str(error), fix=f"install {name}"
+        ) from error
+    return getattr(library, get_state), getattr(library, set_state)
+
+
+def register_source(
+    name: str, get_state: Callable[[], Any] | None = None, set_state: Callable[[Any], Any] | None = None
+) -> Registration:
     """Stash and restore a foreign source of randomness with every region from now on.
 
-    ``get_state()`` must return a value that later draws do not change (``random.getstate``,
-    ``numpy.random.get_state``); ``set_state(value)`` must put it back exactly.
+    ``"numpy"`` and ``"python"`` need no more than the name, and mean the global generators of ``numpy.random`` and
+    ``random``. For another source ``get_state()`` must return a value that later draws do not change, and
+    ``set_state(value)`` must put it back exactly.
 
     Raises:
-        StreamError: the name is taken, or one of the two is not callable.
+        StreamError: the name is taken, one of the two is not callable, or the name alone says nothing.
     """
+    if get_state is None and set_state is None:
+        get_state, set_state = _of_library(name)
     if not callable(get_state) or not callable(set_state):
         raise StreamError(
             f"source {name!r} needs two callables, get_state() and set_state(state)",

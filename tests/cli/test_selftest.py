@@ -71,13 +71,13 @@ def test_a_replay_that_draws_other_numbers_is_found(monkeypatch: pytest.MonkeyPa
 
 def test_state_that_changes_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def case(device: torch.device, region: Any) -> Any:
-        x, count = torch.ones(4, requires_grad=True), torch.zeros(1)
+        x, counts = torch.ones(4, requires_grad=True), {"runs": torch.zeros(1)}
 
         def fn(a: torch.Tensor) -> torch.Tensor:
-            count.add_(1)
+            counts["runs"].add_(1)
             return torch.sin(a)
 
-        return region(fn, x).sum(), [x, count]
+        return region(fn, x).sum(), [x, counts["runs"]]
 
     ours, torchs = _only(monkeypatch, case)
     assert (ours.status, ours.detail) == ("differs", "state 1: off by up to 1.00e+00")

@@ -323,3 +323,19 @@ def test_a_replay_sees_whether_fx_was_tracing_in_its_forward(in_record: bool) ->
         out.sum().backward()
         assert fx._get_is_fx_tracing() is not in_record
     assert seen == [in_record, in_record]
+
+
+def test_a_state_that_a_function_with_buffers_puts_back_at_its_end_does_not_leak() -> None:
+    norm = torch.nn.BatchNorm1d(4)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        torch.set_default_dtype(torch.float64)
+        y = norm(x).sin()
+        torch.set_default_dtype(torch.float32)
+        return y * 2  # nothing is saved here: the replay stops before
+
+    dc.checkpoint(run, torch.randn(3, 4, requires_grad=True)).sum().backward()
+    try:
+        assert torch.get_default_dtype() is torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)

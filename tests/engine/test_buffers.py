@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import distckpt as dc
@@ -334,3 +337,42 @@ def test_a_region_can_ask_whether_it_recomputes_before_changing_other_state() ->
     out.backward(retain_graph=True)
     out.backward()
     assert tokens == 4
+
+
+def test_a_module_two_objects_deep_changes_its_buffers_once() -> None:
+    def program(region: Region) -> Any:
+        trainer = types.SimpleNamespace(ctx=types.SimpleNamespace(model=nn.BatchNorm1d(4)))
+        x = leaf(8, 4)
+        region(lambda t: trainer.ctx.model(t).sin(), x).sum().backward()
+        region(lambda t, owner: owner.ctx.model(t).sin(), x, trainer).sum().backward()
+        return x.grad, *state(trainer.ctx.model)
+
+    exact(program)
+
+
+def normalised(t: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
+    return F.batch_norm(t, mean, var, training=True).sin()
+
+
+STATISTICS: dict[str, Callable[..., torch.Tensor]] = {
+    "positional": lambda region, x, m, v: region(normalised, x, m, v),
+    "keyword": lambda region, x, m, v: region(normalised, x, mean=m, var=v),
+    "in a tuple": lambda region, x, m, v: region(lambda t, s: normalised(t, *s), x, (m, v)),
+    "in a partial": lambda region, x, m, v: region(functools.partial(normalised, mean=m, var=v), x),
+    "in a closure": lambda region, x, m, v: region(lambda t: normalised(t, m, v), x),
+    "the operator itself": lambda region, x, m, v: region(F.batch_norm, x, m, v, None, None, True),
+}
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("place", STATISTICS)
+def test_statistics_that_a_function_normalises_with_itself_change_once(place: str, hooked: bool) -> None:
+    def program(region: Region) -> Any:
+        mean, var = torch.zeros(4), torch.ones(4)
+        x = leaf(8, 4)
+        with torch.autograd.graph.save_on_cpu() if hooked else contextlib.nullcontext():
+            outs = [STATISTICS[place](region, x, mean, var) for _ in range(2)]
+        grads = [torch.autograd.grad(out.exp().sum(), x, retain_graph=True)[0] for out in outs * 2]
+        return [*outs, *grads, mean, var]
+
+    exact(program)

@@ -9,6 +9,7 @@ import functools
 import gc
 import textwrap
 import threading
+import types
 import weakref
 from typing import Any
 
@@ -475,3 +476,25 @@ def test_a_captured_tensor_under_offloading_hooks_that_is_rebound_is_exact() -> 
     out.sum().backward()
     y = leaf(4, seed=2) * 1.0
     assert same_bits(x.grad, torch.autograd.grad((x * y).sin().sum(), x)[0])
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_write_into_a_captured_tensor_is_refused_and_into_an_attribute_is_exact(guarded: bool) -> None:
+    total = torch.zeros(4)
+    metrics = types.SimpleNamespace(total=torch.zeros(4))
+
+    def captured(t: torch.Tensor) -> torch.Tensor:
+        if not guarded or not dc.is_recomputing():
+            total.add_(t.detach())
+        return t.sin().exp()
+
+    def attribute(t: torch.Tensor) -> torch.Tensor:
+        if not dc.is_recomputing():
+            metrics.total.add_(t.detach())
+        return t.sin().exp()
+
+    x = leaf(4)
+    with pytest.raises(InputChanged):
+        dc.checkpoint(captured, x).sum().backward()
+    dc.checkpoint(attribute, x).sum().backward()
+    assert torch.equal(metrics.total, x.detach())

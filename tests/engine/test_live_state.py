@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -57,9 +58,9 @@ def iterator(region: Any, x: torch.Tensor) -> torch.Tensor:
     return region(fn, x, iter([2.0, 3.0]))
 
 
-def unregistered_generator(region: Any, x: torch.Tensor) -> torch.Tensor:
-    source = torch.Generator().manual_seed(0)
-    return region(lambda t, g: (t + torch.rand(4, generator=g)).sin(), x, source)
+def unregistered_source(region: Any, x: torch.Tensor) -> torch.Tensor:
+    random.seed(0)
+    return region(lambda t: (t + random.random()).sin(), x)
 
 
 def function_mode(region: Any, x: torch.Tensor) -> torch.Tensor:
@@ -90,7 +91,7 @@ ROWS: dict[str, Row] = {
     "a list that a name holds": container_held_by_a_name,
     "an attribute of an object": attribute,
     "an iterator": iterator,
-    "a generator that is not registered": unregistered_generator,
+    "a source that is not registered": unregistered_source,
     "a function mode of the forward only": function_mode,
     "functional_call around a region": functional,
 }

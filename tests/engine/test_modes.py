@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distckpt as dc
 
-from .exact import Region, counted, exact, leaf
+from .exact import Region, counted, exact, leaf, same_bits
 
 
 class Idle(TorchDispatchMode):
@@ -87,3 +87,24 @@ def test_settling_a_nested_region_takes_the_outer_one_no_further_than_another_re
         True,
     ]  # the record, the replay for the gradient, and once more for the noise
     assert counts.replays == 4  # and each time the outer one, for the input
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_flop_counter_around_a_backward_counts_the_replay_as_well(whole: bool) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(region: Any) -> tuple[int, Any]:
+        x, w = leaf(4, 6), leaf(6, 6, seed=7)
+        out = region(lambda t: (t @ w).sin() @ w, x)
+        with FlopCounterMode(display=False) as count:
+            if whole:
+                out.sum().backward()
+                grads = x.grad, w.grad
+            else:
+                grads = torch.autograd.grad(out.sum(), [x, w])
+        return count.get_total_flops(), grads
+
+    one = 2 * 4 * 6 * 6  # a matrix product
+    (want, a), (found, b) = flops(lambda fn, *args: fn(*args)), flops(dc.checkpoint)
+    assert all(map(same_bits, a, b))
+    assert (want, found) == (4 * one, 5 * one)  # the replay stops before its second product

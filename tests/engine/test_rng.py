@@ -131,13 +131,35 @@ def test_a_numpy_generator_object_draws_the_same_in_the_replay_once_registered()
     exact(program)
 
 
-def test_an_unregistered_generator_is_found_by_the_value_checks() -> None:
-    router = torch.Generator().manual_seed(3)
+@pytest.mark.parametrize("name", ["numpy", "python"])
+def test_a_source_registered_by_its_name_alone_draws_the_same_in_the_replay(name: str) -> None:
+    if name == "numpy":
+        library: Any = pytest.importorskip("numpy").random
+        draw = library.rand
+    else:
+        library, draw = random, random.random
+
+    def program(region: Region) -> Any:
+        library.seed(5)
+        with dc.rng.register_source(name):
+            x = leaf(8)
+            out = region(lambda t: (t * float(draw())).sin() * float(draw()), x)
+            draw()
+            out.sum().backward()
+        return out, x.grad, torch.tensor(float(draw()))
+
+    exact(program)
+
+
+def test_a_name_that_says_nothing_alone_is_refused_with_those_that_do() -> None:
+    with pytest.raises(StreamError, match="'numpy' and 'python'"):
+        dc.rng.register_source("jax")
+
+
+def test_python_random_that_is_not_registered_is_found_by_the_value_checks() -> None:
     x = leaf(64)
     for level in ("fingerprint", "bitwise"):
-        out = dc.checkpoint(
-            lambda t: (t * torch.rand(64, generator=router)).sin(), x, determinism_check=level
-        )
+        out = dc.checkpoint(lambda t: (t * random.random()).sin(), x, determinism_check=level)
         with pytest.raises(ValueMismatch) as caught:
             out.sum().backward()
         assert caught.value.code == "DC103"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import distckpt as dc
 from distckpt.engine.errors import ScriptMismatch
 
-from .exact import Region, leaf, plain, same_bits
+from .exact import Region, counted, exact, leaf, plain, same_bits
 from .test_threads import together
 
 
@@ -178,3 +178,52 @@ def test_a_gradient_taken_in_a_region_through_torchscript_is_exact() -> None:
     want = results(plain, functools.partial(fn, unscripted))
     for _ in range(3):
         assert all(map(same_bits, want, results(dc.checkpoint, functools.partial(fn, scripted))))
+
+
+def test_a_region_that_captures_an_intermediate_value_replays_where_torchscript_ran() -> None:
+    script = torch.jit.script(eager)
+
+    def program(region: Region) -> Any:
+        x, w = leaf(6, 6), leaf(6, 6, seed=7)
+        script(x, w)
+        shared = (x.sin() @ w).exp()
+        out = region(lambda t: t * shared.cos(), x)
+        out.sum().backward()
+        return out, x.grad, w.grad
+
+    together(lambda: exact(program))
+
+
+def test_closing_a_region_unpacks_none_of_its_inputs_where_torchscript_ran() -> None:
+    """An outer region holds them: it would replay in the middle of its own forward."""
+    script = torch.jit.script(eager)
+
+    def outer(region: Region, t: torch.Tensor) -> torch.Tensor:
+        mid = t.sin()
+        return region(lambda a, b, c: (a * b[0] * mid * c).exp().sin(), mid, [mid], c=mid).cos()
+
+    def job() -> None:
+        x, w = leaf(6, 6), leaf(6, 6, seed=7)
+        script(x, w)
+        out, counts = counted(lambda: dc.checkpoint(functools.partial(outer, dc.checkpoint), x))
+        assert (counts.regions, counts.replays) == (2, 0)
+        want = outer(plain, x)
+        assert same_bits(torch.autograd.grad(want.sum(), x)[0], torch.autograd.grad(out.sum(), x)[0])
+
+    together(job)
+
+
+class Named(torch.Tensor):
+    """A tensor subclass that changes nothing."""
+
+
+def test_a_region_over_a_tensor_subclass_replays_where_torchscript_ran() -> None:
+    torch.jit.CompilationUnit(SOURCE).f(leaf(3, 3), leaf(3, 3))
+
+    def run(region: Region) -> torch.Tensor:
+        x = leaf(4)
+        region(lambda a: (a.sin() * 3).cos(), (x * 2).as_subclass(Named)).sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    assert torch.equal(run(dc.checkpoint), run(plain))

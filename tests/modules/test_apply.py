@@ -291,7 +291,7 @@ def test_options_reach_the_region_and_are_checked_at_once() -> None:
     model = Model()
     with pytest.raises(BadOption, match="DC109"):
         apply(model, "layers.*", determinism_check="exact")
-    with pytest.raises(TypeError, match="policy"):
+    with pytest.raises(BadOption, match="has no option policy"):
         apply(model, "layers.*", policy="all")  # type: ignore[call-arg]
 
     class Drifting(nn.Module):

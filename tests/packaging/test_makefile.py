@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -20,8 +21,10 @@ SUPPORTED = ("3.10.0", "3.11.2", "3.11.7", "3.12.1", "3.13.0")
 def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     for name in ("Makefile", "pyproject.toml", "constraints-dev.txt", "requirements-newest.txt"):
         shutil.copy(ROOT / name, folder)
+    # a make of its own, also where the tests themselves run under make
+    outer = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     return subprocess.run(
-        ["make", "-s", *words], cwd=folder, capture_output=True, text=True, timeout=60, check=False
+        ["make", "-s", *words], cwd=folder, env=outer, capture_output=True, text=True, timeout=60, check=False
     )
 
 

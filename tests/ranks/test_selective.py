@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from tests.ranks.jobs.selective import POLICIES, PROGRAMS
 from tests.ranks.spawn import run_ranks
+
+pytestmark = pytest.mark.skipif(
+    torch.__version__.startswith("2.9"), reason="over gloo torch 2.9 has no exchange of all with all"
+)
 
 
 @pytest.fixture(scope="module")

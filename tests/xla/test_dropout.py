@@ -38,7 +38,9 @@ class Case:
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    # On some processors the compiler rounds a program with a region otherwise, by one unit in the last place; another
+    # dropout mask is off by more than one.
+    return all(torch.allclose(x, y, rtol=1e-5, atol=1e-5) for x, y in zip(a, b, strict=True))
 
 
 @pytest.fixture(params=DEVICES)
