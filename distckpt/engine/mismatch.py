@@ -17,7 +17,7 @@ import torch
 from distckpt._torch import without_dispatch_modes
 from distckpt.engine import errors
 from distckpt.engine.inputs import tensors
-from distckpt.engine.scripted import nodes, optimised
+from distckpt.engine.scripted import optimised, optimised_graphs
 
 if TYPE_CHECKING:
     from distckpt.engine.region import Region
@@ -93,8 +93,7 @@ class Mismatch:
 
     def made(self, out: Any) -> None:
         """In a thread that runs TorchScript: the replay ended with ``out``."""
-        found = nodes(out, tensors(self.call))
-        if found != self.region.nodes:
+        if optimised_graphs(out, tensors(self.call)) != self.region.scripted:
             self.script = True
             self.found = True
 

@@ -104,7 +104,7 @@ def replay(r: Region, run: Any = None) -> None:
     """
     outer = here.frame
     here.frame = frame = Frame(r, outer)  # already now: a user's unpack hook is no part of what runs around
-    pauses_script = r.nodes is not None and script_optimizes()
+    pauses_script = r.scripted is not None and script_optimizes()
     if pauses_script:
         set_script_optimizes(False)  # see Note [TorchScript] in scripted.py
     try:
@@ -141,11 +141,12 @@ def _replay(r: Region, run: Any) -> None:
         captured, renewed = closure.recall(r.captured, memo)
         if renewed is not None:
             fn, args, kwargs = renewed.call(fn), [renewed.value(a) for a in args], renewed.value(kwargs)
-    owned = started = None
     if r.marks is not None:
         owned = (fn, args, kwargs, captured) if r.options.strict else args
-        check_marks(r.marks, owned)
-        started = marks(owned)
+        for then in r.marks:
+            check_marks(then, owned)
+        # A function may write into what a hook hands out, and the next replay is handed the same.
+        r.marks = (r.marks[0], marks(owned))
     counters.replays += 1
     if r.tie is not None:
         fn, args, kwargs = r.tie.bind(fn, args, kwargs)
@@ -181,9 +182,6 @@ def _replay(r: Region, run: Any) -> None:
             if r.replay_context is not None:
                 stack.enter_context(r.replay_context.replaying())
             run(r, fn, args, kwargs, generators, mismatch)
-    if started is not None:
-        # What a user's hook handed out, the next replay is handed too: it must find it unwritten.
-        check_marks(started, owned)
     if mismatch.found:
         r.clear()
         mismatch.report()
@@ -278,7 +276,7 @@ def _run(
         suspects.clear()  # the recomputed graph holds `pack`, and with it this list
     if closed and generators is not None and not early_end and r.options.strict and not mismatch.found:
         mismatch.drew(generators.astray())
-    if r.nodes is not None and not early_end and not mismatch.found:
+    if r.scripted is not None and not early_end and not mismatch.found:
         mismatch.made(out)
     if r.verifier is not None and not stopped:
         r.verifier.compare(refs, r.buffers, mismatch)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .interpret import Machine
 
 Tensors = Sequence[torch.Tensor]
+read_by_name: torch.Tensor | None = None  # the global name that regions read, each in globals of its own
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,6 @@ class Around(nn.Module):
         return self._region(self.body, args, kwargs)
 
 
-def _reads_global(fn: Callable[..., Any], value: torch.Tensor | None) -> Callable[..., Any]:
-    """A function that calls ``fn`` with a value that it reads by a global name, as in a script."""
-    names = {"read": value, "fn": fn, "__name__": "script"}
-    code = compile(
-        "def read_by_name(*args, **kwargs): return fn(*args, by_name=read, **kwargs)", "script", "exec"
-    )
-    exec(code, names)
-    found = names["read_by_name"]
-    assert isinstance(found, FunctionType)
-    return found
-
-
 def call(
     machine: Machine, step: p.Region, env: list[torch.Tensor], weights: Tensors | None
 ) -> list[torch.Tensor]:
@@ -82,9 +71,7 @@ def call(
     norm = machine.norm
     around = weights
 
-    def run(
-        *args: Any, by_name: torch.Tensor | None = None, weights: Tensors | None = None, **kwargs: Any
-    ) -> Any:
+    def run(*args: Any, weights: Tensors | None = None, **kwargs: Any) -> Any:
         inner = [x for x in args if isinstance(x, torch.Tensor)]
         inner += [x for key, x in kwargs.items() if key.startswith("tensor")]
         for entry in args:
@@ -92,7 +79,7 @@ def call(
                 inner += [part["x"] for part in entry]
         inner += kwargs["box"].tensors if "box" in kwargs else ()
         inner += closed
-        inner += [x for x in (cell, by_name) if x is not None]
+        inner += [x for x in (cell, read_by_name) if x is not None]
         machine.steps(step.body, inner, norm, weights or around)
         return pack(step.output, inner)
 
@@ -100,7 +87,9 @@ def call(
     if step.form in ("module", "apply", "functional"):
         fn = Body(machine, run)
     elif "global" in by_way:
-        fn = _reads_global(run, by_way["global"][0])
+        names = {**globals(), "read_by_name": by_way["global"][0]}
+        fn = FunctionType(run.__code__, names, "run", run.__defaults__, run.__closure__)
+        fn.__kwdefaults__ = run.__kwdefaults__
     args: tuple[Any, ...] = (*by_way.get("arg", ()), 3, "text", None)
     if isinstance(fn, Body):
         args = (*by_way.get("global", ()), *args)
@@ -121,7 +110,7 @@ def call(
     if step.rebound and isinstance(fn, FunctionType):  # what a module's attributes hold is read at the replay
         closed, cell = [], None
         if "global" in by_way:
-            fn.__globals__["read"] = None
+            fn.__globals__["read_by_name"] = None
     return unpack(result)
 
 

@@ -241,8 +241,8 @@ def _run(machine: Machine) -> None:
         runs.append((env, loss))
     outcome.keep("draw between forward and backward", torch.rand(2))
     runs = runs if program.backward_in_order else runs[::-1]
-    if program.finish == "threads":
-        _on_threads(machine, [loss for _, loss in runs if loss.requires_grad])
+    if program.finish in ("threads", "no threads"):
+        _each(machine, [loss for _, loss in runs if loss.requires_grad])
     else:
         for env, loss in runs:
             if loss.requires_grad:
@@ -256,13 +256,17 @@ def _run(machine: Machine) -> None:
     outcome.keep("final state of the program's generator", machine.generator.get_state())
 
 
-def _on_threads(machine: Machine, losses: list[torch.Tensor]) -> None:
-    """Each backward on a thread of its own, all at once; no gradient is added to another's."""
+def _each(machine: Machine, losses: list[torch.Tensor]) -> None:
+    """Each backward on a thread of its own, all at once, or here in turn; no gradient is added to another's."""
+
+    def grads(loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return torch.autograd.grad(loss, machine.leaves(), allow_unused=True)
+
     with ThreadPoolExecutor(2) as pool:
-        grads = pool.map(lambda x: torch.autograd.grad(x, machine.leaves(), allow_unused=True), losses)
-        for i, found in enumerate(grads):
-            for j, x in enumerate(found):
-                machine.outcome.keep(f"grad {j} on thread {i}", x)
+        found = pool.map(grads, losses) if machine.program.finish == "threads" else map(grads, losses)
+        for i, some in enumerate(found):
+            for j, x in enumerate(some):
+                machine.outcome.keep(f"grad {j} of backward {i}", x)
 
 
 def _finish(machine: Machine, env: list[torch.Tensor], loss: torch.Tensor) -> None:
