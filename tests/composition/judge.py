@@ -13,7 +13,6 @@ from .draw import HOOKS
 from .engines import PLAIN, TORCH, Engine
 from .interpret import Outcome, run
 
-
 SIMPLE = "to TorchScript's simple executor, which rounds otherwise than its optimizer"
 
 
@@ -74,10 +73,11 @@ def _has(program: p.Program, context: str) -> bool:
 
 
 def _keeps_and_changes(program: p.Program) -> bool:
-    """Say whether there are selective regions and in-place ops, which may hit a result that was to be kept."""
+    """Say whether there are in-place ops, which may hit a result that was pinned or that a selective region keeps."""
     steps = [step for step, _ in p.walk(program.body)]
     selective = any(isinstance(step, p.Region) and step.options.selective for step in steps)
-    return selective and any(isinstance(step, p.InPlace | p.Unsafe | p.Library) for step in steps)
+    pins = any(isinstance(step, p.Unary) and step.op == "pin" for step in steps)
+    return (selective or pins) and any(isinstance(step, p.InPlace | p.Unsafe | p.Library) for step in steps)
 
 
 def _scripts_outside(program: p.Program) -> bool:
@@ -151,6 +151,8 @@ def _judge_beside_torch(program: p.Program, engine: Engine, expected: Outcome) -
     if got.error is None and _equals_simple_executor(program, got):
         return Verdict("equal", SIMPLE)
     theirs = _beside(program)
+    if "DC114" in found and _keeps_and_changes(program):
+        return Verdict("refused", "a pinned value was changed in place")
     if "DC128" in found and _scripts_outside(program):
         return Verdict("refused", "TorchScript optimised a function between record and replay")
     if theirs.error is None and difference(expected, theirs) is None:
