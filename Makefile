@@ -14,6 +14,8 @@ SUITES ?= tests/backends tests/engine tests/policy tests/modules tests/compat te
 BIN := $(VENV)/bin
 # Two test workers on two cores: one thread each.
 ONE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# Each worker takes whole stretches of the suite, so that what the tests of a file share is made by one of them.
+WORKERS := -n $(JOBS) --dist worksteal
 
 .PHONY: help test demo gpu test-xla test-torch lint format types floors docs clean
 
@@ -62,7 +64,7 @@ $(OTHER)/.dev: pyproject.toml constraints-dev.txt
 	$(call install,$(OTHER),[test$(comma)hf],torch $(TORCH) and what the tests need,$(OTHER)/constraints.txt)
 
 test: lint types floors
-	$(ONE) $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow"
+	$(ONE) $(BIN)/python -m pytest -q $(WORKERS) -m "not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -89,12 +91,12 @@ demo: $(VENV)/.demo
 	$(ONE) $(BIN)/torchrun --standalone --nproc_per_node 2 launch/train.py --compare $(if $(STEPS),--steps $(STEPS))
 
 test-xla: $(XLA)/.dev
-	$(ONE) PJRT_DEVICE=CPU $(XLA)/bin/python -m pytest -q -n $(JOBS) -m "xla and not slow"
-	$(ONE) PJRT_DEVICE=CPU $(XLA)/bin/python -m pytest -q -n $(JOBS) -m "not xla and not slow" \
+	$(ONE) PJRT_DEVICE=CPU $(XLA)/bin/python -m pytest -q $(WORKERS) -m "xla and not slow"
+	$(ONE) PJRT_DEVICE=CPU $(XLA)/bin/python -m pytest -q $(WORKERS) -m "not xla and not slow" \
 		tests/backends tests/engine tests/policy tests/modules tests/compat tests/ranks
 
 test-torch: $(OTHER)/.dev
-	$(ONE) $(OTHER)/bin/python -m pytest -q -n $(JOBS) -m "not slow" $(SUITES)
+	$(ONE) $(OTHER)/bin/python -m pytest -q $(WORKERS) -m "not slow" $(SUITES)
 
 clean:
 	rm -rf $(VENV) $(XLA) .venv-torch-* build dist site .pytest_cache .ruff_cache

@@ -224,10 +224,10 @@ def measure(pipe: Pipeline, engines: list[str], rounds: int) -> dict[str, Any]:
     return rows
 
 
-def schedules(rounds: int) -> list[dict[str, Any]]:
-    """Every schedule with blocks that compute."""
+def schedules(rounds: int, names: list[str]) -> list[dict[str, Any]]:
+    """Schedules with blocks that compute."""
     rows = []
-    for name in SCHEDULES:
+    for name in names:
         pipe = Pipeline(name, 4, lambda: Block(256), 2, (64, 256))
         rows.append(
             {
@@ -308,6 +308,13 @@ def main() -> int:
     parser.add_argument("part", choices=["schedules", "waits", "sleep"])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=SCHEDULES,
+        metavar="SCHEDULE",
+        help="print these schedules; write no file",
+    )
     parser.add_argument("--seconds", type=float, default=0.005, help="of one block that sleeps")
     parser.add_argument("--no-write", action="store_true", help="write no file")
     options = parser.parse_args()
@@ -315,12 +322,14 @@ def main() -> int:
     if options.part == "sleep":
         rows = run(sleep, options.ranks, options.rounds, options.seconds)
         command += " --ranks N"
+    elif options.part == "waits":
+        rows = run(waits, options.ranks, options.rounds)
     else:
-        rows = run(schedules if options.part == "schedules" else waits, options.ranks, options.rounds)
+        rows = run(schedules, options.ranks, options.rounds, options.only or list(SCHEDULES))
     for row in rows:
         row["ranks"] = options.ranks
     print(show(rows))
-    if not options.no_write:
+    if not options.no_write and not options.only:
         name = f"ranks_pipeline-{options.part}"
         path = RESULTS / f"{name}.json"
         kept = json.loads(path.read_text())["rows"] if path.exists() else []

@@ -60,7 +60,10 @@ def compare(options: Options, text: torch.Tensor, world: World, report: Report) 
 def _largest(mine: Memory) -> Memory:
     every = [memory for memory in everyone(mine) if isinstance(memory, Memory)]
     return Memory(
-        peak=max(m.peak for m in every), kept=max(m.kept for m in every), runs=max(m.runs for m in every)
+        peak=max(m.peak for m in every),
+        kept=max(m.kept for m in every),
+        runs=max(m.runs for m in every),
+        early=max(m.early for m in every),
     )
 
 
@@ -85,6 +88,8 @@ def show(results: dict[str, Result], options: Options, world: World, report: Rep
         "step time, median": [f"{median(r.seconds) * 1e3:.0f} ms" for r in results.values()],
         "step time over torch's": [f"{ratio(r, torch_):.3f}" for r in results.values()],
     }
+    if options.pipelined:
+        rows["replayed before a gradient"] = [f"{r.memory.early}" for r in results.values()]
     title = (
         f"{options.steps} steps, {options.spread()} on {ranks(world.size)}, {options.dtype}, "
         f"{options.layers} blocks of {options.width}, {options.batch} x {options.context} bytes a rank, "

@@ -64,6 +64,7 @@ class Memory:
     peak: int  # parameters, gradients, optimizer state and activations, at the fullest moment
     kept: int  # held between forward and backward for backward's sake
     runs: int  # executions of block bodies in the step
+    early: int  # of them, replays before their gradient was there
 
 
 def memory(trainer: Trainer, inputs: torch.Tensor, targets: torch.Tensor) -> Memory:
@@ -91,4 +92,4 @@ def memory(trainer: Trainer, inputs: torch.Tensor, targets: torch.Tensor) -> Mem
         layout.step(inputs, targets, before_backward)
     trainer.optimizer.zero_grad()
     trainer.rng = rng
-    return Memory(peak=live.peak, kept=kept, runs=layout.block_runs() - runs)
+    return Memory(peak=live.peak, kept=kept, runs=layout.block_runs() - runs, early=layout.replayed_early())

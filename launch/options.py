@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from distckpt.ranks.pipeline.errors import BadAhead
+from distckpt.ranks.pipeline.limit import limit_of
 from launch.errors import BadOption
 
 # What a checkpoint must agree on with the run that resumes it. The rest (steps, paths) may change.
@@ -39,6 +41,8 @@ class Options:
     """Micro-batches in a step, with --parallel pp and pp+fsdp; they share --batch."""
     early_replay: bool = True
     """Replay the newest block of a micro-batch while its gradient is on its way."""
+    ahead: str | None = None
+    """How much may be replayed early: "1 micro-batch", "800 MB", or bytes. Left out: what costs no memory."""
     compare: bool = False
     """Train all three from the same seed, step by step in turn, and print them side by side."""
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -95,6 +99,7 @@ class Options:
             raise BadOption(f"--lr is {self.lr}", fix="give a number above 0")
         if abs(self.seed) > 2**40:
             raise BadOption(f"--seed is {self.seed}", fix="give a number of at most 12 digits")
+        self._check_ahead()
         if self.save_every < 0:
             raise BadOption(f"--save-every is {self.save_every}", fix="give steps, or 0 to save at the end")
         if self.save_every and self.save is None:
@@ -103,6 +108,29 @@ class Options:
             raise BadOption("--compare keeps no model", fix="leave out --save and --resume")
         if self.save is not None and self.save.exists() and not self.save.is_dir():
             raise BadOption(f"--save {self.save} is a file", fix="give a folder")
+
+    def _check_ahead(self) -> None:
+        if self.ahead is None:
+            return
+        if not self.pipelined:
+            raise BadOption(f"--ahead {self.ahead} is for pipelines", fix="add --parallel pp")
+        if self.ckpt != "distckpt" and not self.compare:
+            raise BadOption(f"--ahead {self.ahead} is for --ckpt distckpt", fix="leave one of the two out")
+        if not self.early_replay:
+            raise BadOption(
+                f"--ahead {self.ahead} needs replays that are early", fix="leave out --no-early-replay"
+            )
+        try:
+            limit_of(True, self.ahead_amount)
+        except BadAhead as error:
+            raise BadOption(
+                f"--ahead {self.ahead} is no amount", fix='give "1 micro-batch", a size ("800 MB"), or bytes'
+            ) from error
+
+    @property
+    def ahead_amount(self) -> int | str | None:
+        """``--ahead`` as ``coord.attach`` takes it."""
+        return int(self.ahead) if self.ahead is not None and self.ahead.isdecimal() else self.ahead
 
     @property
     def pipelined(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from collections.abc import Generator
@@ -15,6 +16,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # `pytest -m cuda` runs where only torch and pytest are installed.
 collect_ignore_glob = [] if importlib.util.find_spec("hypothesis") else ["composition/*"]
+
+
+def pytest_collection_finish() -> None:
+    """What is here before the first test is no garbage: a collection of a test looks at what the test made alone."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

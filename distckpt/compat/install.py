@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -173,8 +174,10 @@ def _prove() -> None:
 
 def _ways() -> dict[str, Callable[[Any, torch.Tensor], Any]]:
     """Torch's own entries, as somebody who kept hold of them calls them."""
+    # What torch wraps its function in would load Dynamo, which takes seconds and which none of our regions needs.
+    theirs = original_checkpoint if "torch._dynamo" in sys.modules else inspect.unwrap(original_checkpoint)
     ways: dict[str, Callable[[Any, torch.Tensor], Any]] = {
-        f"checkpoint(use_reentrant={reentrant})": lambda fn, x, reentrant=reentrant: original_checkpoint(
+        f"checkpoint(use_reentrant={reentrant})": lambda fn, x, reentrant=reentrant: theirs(
             fn, x, use_reentrant=reentrant, preserve_rng_state=False
         )
         for reentrant in (False, True)

@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import Module
@@ -33,13 +33,15 @@ _OPAQUE = frozenset(
 _SMALL = 1024  # elements; copying one is cheaper than being wrong about it
 _STATISTICS = ("running_mean", "running_var")  # batch_norm writes them without moving their version
 
-_global_names: dict[CodeType, tuple[str, ...]] = {}
+_global_names: dict[int, tuple[CodeType, tuple[str, ...]]] = {}  # by identity, as in closure.py
 _known_to_change: weakref.WeakKeyDictionary[Module, set[str]] = weakref.WeakKeyDictionary()
-_trees: weakref.WeakKeyDictionary[Module, _Tree] = weakref.WeakKeyDictionary()
+_trees: weakref.WeakKeyDictionary[Module, Tree] = weakref.WeakKeyDictionary()
 
 
 def reached_modules(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Module] | None:
     """The modules that the call ``fn(*args, **kwargs)`` can reach."""
+    if fn is None and not kwargs and _PLAIN.issuperset(map(type, args)):
+        return None  # most calls of a plain function
     found: list[Module] = []
     if type(fn) is FunctionType:
         _in_function(fn, found, None)
@@ -84,10 +86,10 @@ def _in_value(value: Any, found: list[Module], seen: set[int], deep: int = 2) ->
 
 def _in_function(fn: Any, found: list[Module], seen: set[int] | None) -> None:
     code = fn.__code__
-    names = _global_names.get(code)
-    if names is None:
-        names = _global_names[code] = tuple(_names(code))
-    for name in names:
+    known = _global_names.get(id(code))
+    if known is None:
+        known = _global_names[id(code)] = code, tuple(_names(code))
+    for name in known[1]:
         value = fn.__globals__.get(name)
         if type(value) in _OPAQUE:
             continue
@@ -113,38 +115,76 @@ def _names(code: CodeType) -> set[str]:
     return names.union(*(_names(c) for c in code.co_consts if type(c) is CodeType))
 
 
-class _Tree:
-    """The modules below one module that have buffers, rebuilt when a module or buffer was added or removed."""
+class Holders(NamedTuple):
+    """The dicts in which the modules that a call reaches hold their state."""
 
-    __slots__ = ("owners", "sizes")
+    owners: list[Module]  # those that have buffers
+    parameters: list[dict[str, Any]]
+    others: list[dict[str, Any]]  # child modules and buffers
+
+
+class Tree:
+    """The modules below one module, found anew when a module or buffer was added or removed."""
+
+    __slots__ = ("modules", "scripted", "sizes")
 
     def __init__(self, root: Module) -> None:
+        # Weak: the tree is the value of a weak dictionary whose key is one of these, and a child may know its parent.
         modules = list(root.modules())
-        self.sizes = [(d, len(d)) for m in modules for d in (m._modules, m._buffers)]
-        # Weak: the tree is the value of a weak dictionary whose key is one of these modules.
-        self.owners = [weakref.ref(m) for m in modules if m._buffers]
+        # TorchScript's dicts are none, and make other tensor objects each time
+        self.modules = [weakref.ref(m) for m in modules if isinstance(m._parameters, dict)]
+        self.scripted = [weakref.ref(m) for m in modules if not isinstance(m._parameters, dict)]
+        self.sizes = self.look()[1]
 
-    def valid(self) -> bool:
-        return all(len(d) == n for d, n in self.sizes)
+    def look(self) -> tuple[Holders, list[int]]:
+        """The state of the modules, and how much of it each one has."""
+        modules = [m for ref in self.modules if (m := ref()) is not None]
+        others = [d for m in modules for d in (m._modules, m._buffers)]
+        sizes = list(map(len, others))
+        found = Holders([m for m in modules if m._buffers], [m._parameters for m in modules], others)
+        if self.scripted:
+            scripted = [m for ref in self.scripted if (m := ref()) is not None]
+            found.owners.extend(m for m in scripted if m._buffers)
+            sizes.extend(len(d) for m in scripted for d in (m._modules, m._buffers))
+        return found, sizes
 
 
-def _owners(root: Module) -> list[Module]:
+def holders(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Holders | None:
+    """The state of the modules that the call ``fn(*args, **kwargs)`` can reach; None if it reaches none."""
+    roots = reached_modules(fn, args, kwargs)
+    if roots is None:
+        return None
+    found = [_holders(root) for root in roots]
+    if len(found) == 1:
+        return found[0]
+    return Holders(
+        [m for one in found for m in one.owners],
+        [d for one in found for d in one.parameters],
+        [d for one in found for d in one.others],
+    )
+
+
+def _holders(root: Module) -> Holders:
     tree = _trees.get(root)
-    if tree is None or not tree.valid():
-        tree = _trees[root] = _Tree(root)
-    return [m for ref in tree.owners if (m := ref()) is not None]
+    if tree is not None:
+        found, sizes = tree.look()
+        if sizes == tree.sizes:
+            return found
+    tree = _trees[root] = Tree(root)
+    return tree.look()[0]
 
 
 class _Entry:
     """One buffer before the forward."""
 
-    __slots__ = ("before", "key", "owner", "statistic", "tensor", "version")
+    __slots__ = ("before", "key", "owner", "replaced", "statistic", "tensor", "version")
 
     def __init__(self, owner: Module | _Loose, key: str, tensor: torch.Tensor) -> None:
         self.owner = owner
         self.key = key
         self.tensor = tensor
         self.version = tensor._version
+        self.replaced = False  # by the region, with another tensor
         known = _known_to_change.get(owner, ()) if isinstance(owner, Module) else (key,)
         self.statistic = not isinstance(owner, Module) or (isinstance(owner, BatchNorm) and owner.training)
         keep = self.statistic or tensor.numel() <= _SMALL or key in known
@@ -156,15 +196,12 @@ class _Entry:
         return self.owner._buffers.get(self.key) is not self.tensor or self.tensor._version != self.version
 
 
-def watch(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Buffers | None:
-    """The buffers that the call may change, as they are now; None when there are none."""
-    roots = reached_modules(fn, args, kwargs)
-    if not roots:
-        return None
+def watch(owners: list[Module]) -> Buffers | None:
+    """The buffers of ``owners``, as they are now; None when there are none."""
     entries = []
     # which buffers are copied is no matter of a mode around: it may differ between record and replay
     with without_dispatch_modes() if dispatch_mode_is_on() else contextlib.nullcontext():
-        for owner in dict.fromkeys(m for root in roots for m in _owners(root)):
+        for owner in dict.fromkeys(owners):
             for key, tensor in owner._buffers.items():
                 if tensor is not None:
                     entries.append(_Entry(owner, key, tensor))
@@ -209,8 +246,9 @@ class Buffers:
         for e in changed:
             if isinstance(e.owner, Module):
                 _known_to_change.setdefault(e.owner, set()).add(e.key)
-            if e.owner._buffers.get(e.key) is not e.tensor and e.tensor._version == e.version:
-                e.before = e.tensor  # replaced, not written: the old one still has the old values
+            e.replaced = e.owner._buffers.get(e.key) is not e.tensor
+            if e.replaced and e.tensor._version == e.version:
+                e.before = e.tensor  # not written: the old one still has the old values
             if e.before is None:
                 lost.append(e.key)
         if lost:
@@ -229,24 +267,27 @@ class Buffers:
     @contextlib.contextmanager
     def rewound(self) -> Iterator[None]:
         """Give the forward's buffers to a replay, and today's values back after it."""
-        held: list[tuple[_Entry, torch.Tensor, torch.Tensor]] = []
-        for e in self.entries:
-            now = e.owner._buffers.get(e.key)
-            if now is not None:
-                held.append((e, now, now.detach().clone()))
+        found = [(e, e.owner._buffers.get(e.key)) for e in self.entries]
+        written: list[tuple[torch.Tensor, torch.Tensor]] = []
         with torch.no_grad():
             try:
-                for e, now, _ in held:
+                for e, now in found:
                     assert e.before is not None
-                    if now.shape == e.before.shape and now.dtype == e.before.dtype:
+                    if e.replaced or (
+                        now is not None and (now.shape, now.dtype) != (e.before.shape, e.before.dtype)
+                    ):
+                        # A value that the replay saves of it stays what it is after the replay. So it is the tensor
+                        # itself, and a copy where the region wrote it before it was replaced.
+                        e.owner._buffers[e.key] = e.before if e.before is e.tensor else e.before.clone()
+                    elif now is not None:
+                        written.append((now, now.detach().clone()))
                         with preserve_versions((now,)):
                             now.copy_(e.before)
-                    else:
-                        e.owner._buffers[e.key] = e.before.clone()
                 with torch.enable_grad():
                     yield
             finally:
-                for e, now, value in held:
+                for now, value in written:
                     with preserve_versions((now,)):
                         now.copy_(value)
+                for e, now in found:
                     e.owner._buffers[e.key] = now

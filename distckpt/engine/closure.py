@@ -37,9 +37,10 @@ _HOLDERS = (FunctionType, MethodType, partial, tuple, Wrapping)
 class Names:
     """The names that a code object, with the functions inside it, reads or assigns outside itself."""
 
-    __slots__ = ("absent", "assigned", "assigns", "globals", "live_cells", "normalises")
+    __slots__ = ("absent", "assigned", "assigns", "code", "globals", "live_cells", "normalises")
 
     def __init__(self, code: CodeType, library: bool) -> None:
+        self.code = code  # alive, so that no other gets its identity
         read, assigned = _globals(code)
         cells = _assigned_cells(code, frozenset(code.co_freevars))
         self.globals = () if library else tuple(read - assigned)
@@ -50,12 +51,12 @@ class Names:
         self.normalises = _normalises(code)
 
 
-_names: dict[CodeType, Names] = {}
+_names: dict[int, Names] = {}  # by identity: hashing a code object reads all of it, 1 us in each record
 
 
 def _find_names(fn: FunctionType) -> Names:
     library = str(fn.__globals__.get("__name__")).partition(".")[0] in _LIBRARIES
-    found = _names[fn.__code__] = Names(fn.__code__, library)
+    found = _names[id(fn.__code__)] = Names(fn.__code__, library)
     return found
 
 
@@ -112,7 +113,7 @@ def _captured(fn: FunctionType, names: Names, values: list[Any]) -> Captured:
 
 def _held(fn: FunctionType, names: Names) -> list[Any]:
     # no loop of Python's own in the common case: this runs once in every record and every replay
-    values = list(map(fn.__globals__.get, names.globals, names.absent))
+    values = list(map(fn.__globals__.get, names.globals, names.absent)) if names.globals else []
     cells = fn.__closure__
     if cells:
         try:
@@ -142,7 +143,7 @@ def capture(fn: Any, scan: Scan) -> list[Captured] | None:
     ``scan`` is told whether a name of ``fn`` may lead to a module.
     """
     if type(fn) is FunctionType and scan.functions is None:
-        names = _names.get(fn.__code__) or _find_names(fn)
+        names = _names.get(id(fn.__code__)) or _find_names(fn)
         values = _held(fn, names)
         scan.normalises = names.normalises
         if not names.assigns and _PLAIN.issuperset(map(type, values)):
@@ -154,7 +155,7 @@ def capture(fn: Any, scan: Scan) -> list[Captured] | None:
     helpers: list[FunctionType] = []
     assigns = False
     for f in found:  # grows while it is walked
-        names = _names.get(f.__code__) or _find_names(f)
+        names = _names.get(id(f.__code__)) or _find_names(f)
         values = _held(f, names)
         assigns = assigns or names.assigns
         scan.normalises = scan.normalises or names.normalises
@@ -193,12 +194,14 @@ def _capture_helpers(kept: list[Captured], helpers: list[FunctionType], scan: Sc
     for f in helpers:  # grows while it is walked
         if id(f) not in seen:
             seen.add(id(f))
-            names = _names.get(f.__code__) or _find_names(f)
+            names = _names.get(id(f.__code__)) or _find_names(f)
             scan.normalises = scan.normalises or names.normalises
             values = _held(f, names)
             for value in values:
                 if isinstance(value, torch.Generator):
                     scan.generator(value)
+                elif isinstance(value, _Tensor):
+                    scan.note_parameter(value)
                 elif type(value) not in _PLAIN and isinstance(value, _HOLDERS):
                     helpers += [g for g in _functions_in(value) if g.__globals__ is f.__globals__]
             if values:

@@ -114,6 +114,12 @@ class StreamError(DistckptError, ValueError):
     code = "DC116"
 
 
+class ParameterRead(ReplayError):
+    """A replay computed a value from a parameter that was changed between forward and replay."""
+
+    code = "DC124"
+
+
 class ScriptMismatch(ReplayError):
     """TorchScript ran another graph in the replay than in the forward."""
 

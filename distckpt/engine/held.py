@@ -17,6 +17,7 @@ import torch
 from distckpt._torch import storage_of
 from distckpt.engine.doubt import Doubtful
 from distckpt.engine.inputs import give_back, tensors
+from distckpt.engine.parameters import Outdated
 
 if TYPE_CHECKING:
     from distckpt.engine.region import Region
@@ -55,7 +56,7 @@ def held(regions: Iterable[Region], known: AbstractSet[int] = frozenset()) -> in
         if not region.inner:
             skip |= keys(tensors(_inputs(region)))
         for value in values:
-            tensor = value.value if type(value) is Doubtful else value
+            tensor = value.value if type(value) in (Doubtful, Outdated) else value
             found.update(storages(tensor))
     return sum(size for key, size in found.items() if key not in skip)
 

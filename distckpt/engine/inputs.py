@@ -17,6 +17,7 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+from torch.nn import Parameter
 
 from distckpt._torch import SavedTensor, make_saved_tensor
 from distckpt.engine.errors import InputChanged
@@ -118,16 +119,19 @@ class Scan:
     hooked = False  # what is saved goes through hooks, which make another tensor of it
     repeats = False
     generators: list[torch.Generator] | None = None
+    parameters: list[Parameter] | None = None  # that the call holds by themselves, not in a module
     normalises = False  # a function of the call may hand statistics to a normalisation itself
     modules = False  # a name of the region's function may lead to a module
 
     def tensor(self, x: torch.Tensor) -> Any:
         """What stands for ``x`` until the replay."""
+        if type(x) is not _Tensor:
+            self.note_parameter(x)
         if self.keep is not None:
             return self.keep(x)
         if not self.hooked:
             return own_tensor(x)
-        if isinstance(x, torch.nn.Parameter):
+        if isinstance(x, Parameter):
             return Reference(x)
         seen = self.memory()
         if id(x) in seen:
@@ -151,6 +155,11 @@ class Scan:
     def generator(self, value: torch.Generator) -> None:
         """Note a generator that the region may draw from."""
         self.generators = [*(self.generators or ()), value]
+
+    def note_parameter(self, x: Any) -> None:
+        """Note ``x`` if it is a parameter."""
+        if isinstance(x, Parameter):
+            self.parameters = [*(self.parameters or ()), x]
 
     def function(self, fn: Any) -> None:
         """Note a function that the region's function may call."""
@@ -196,7 +205,8 @@ def own_call(
         owned = [_own(a, scan) for a in args]
     else:
         try:
-            owned = [make_saved_tensor(a, False) if isinstance(a, _Tensor) else _own(a, scan) for a in args]
+            # most arguments are tensors of the plain class, which need no method of the scan
+            owned = [make_saved_tensor(a, False) if type(a) is _Tensor else _own(a, scan) for a in args]
         except RuntimeError:  # an inference tensor
             owned = [_own(a, scan) for a in args]
     return fn, owned, _own(kwargs, scan) if kwargs else None

@@ -25,7 +25,18 @@ from distckpt._torch import (
     top_saved_tensors_hooks,
     traced_graph,
 )
-from distckpt.engine import ambient, buffers, closure, inputs, misuse, rng, sessions, streams, switches
+from distckpt.engine import (
+    ambient,
+    buffers,
+    closure,
+    inputs,
+    misuse,
+    parameters,
+    rng,
+    sessions,
+    streams,
+    switches,
+)
 from distckpt.engine.barrier import Tie
 from distckpt.engine.devices import choose, current_rule, device_types, stashed_backends
 from distckpt.engine.errors import LateDevice, SuppressedException, UnstashedDraw
@@ -106,7 +117,11 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
             r.marks = (inputs.marks((fn, args, kwargs, scan.captured)),)
         r.repeats = scan.repeats
         generators = scan.generators
-        r.buffers = buffers.watch(fn if scan.modules or type(fn) is not FunctionType else None, args, kwargs)
+        reached = buffers.holders(fn if scan.modules or type(fn) is not FunctionType else None, args, kwargs)
+        if reached is not None and reached.owners:
+            r.buffers = buffers.watch(reached.owners)
+        if reached is not None or scan.parameters is not None:
+            r.reached = reached, scan.parameters
         if scan.normalises:
             held = closure.held_tensors(r.captured) if r.captured is not None else []
             r.buffers = buffers.with_statistics(r.buffers, tensors((fn, args, kwargs, held)))
@@ -248,6 +263,9 @@ def close_region(r: Region, out: Any, call: tuple[Any, ...] | None = None) -> No
             _close_stash(r, r.stash)
         elif live():
             _late(r, rng.newly_live(()))
+    if r.reached is not None:
+        r.parameters = parameters.hold(*r.reached)
+        r.reached = None
     if r.buffers is not None:
         r.buffers = r.buffers.changes(describe(r.fn, r.options))
     if r.verifier is not None:

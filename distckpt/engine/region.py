@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn import Parameter
 
 from distckpt._torch import (
     call_without_dynamo,
@@ -22,6 +23,7 @@ from distckpt._torch import (
 )
 from distckpt.engine import ambient, rng, sessions
 from distckpt.engine.barrier import Tie
+from distckpt.engine.buffers import Holders
 from distckpt.engine.closure import Captured
 from distckpt.engine.doubt import Doubtful, settle
 from distckpt.engine.errors import BatchedReplay
@@ -29,6 +31,7 @@ from distckpt.engine.events import failed
 from distckpt.engine.mismatch import mutated
 from distckpt.engine.modes import other_way
 from distckpt.engine.options import Options
+from distckpt.engine.parameters import ModuleState, Outdated
 from distckpt.engine.replay import last_living, replay
 from distckpt.engine.slot import Slot
 from distckpt.engine.traced import Traced
@@ -56,6 +59,9 @@ class Region:
     early_stop: bool
     outer: Any = None
     closed = False
+    # until the record ends: the modules that it reaches, and the parameters that the call holds by themselves
+    reached: tuple[Holders | None, list[Parameter] | None] | None = None
+    parameters: ModuleState | None = None  # after it: what those were
     buffers: Any = None
     rng_before: Any = None  # the CPU state, until the record ends
     stash: rng.Stash | None = None  # other streams, until the record ends
@@ -100,8 +106,12 @@ class Region:
     def _look_again(self, slot: Slot, value: Any) -> Any:
         if type(value) is Doubtful:
             value = settle(self, slot, value)
-        if value._version != slot.meta[3] and self.options.strict:
+        if not isinstance(value, Outdated) and value._version != slot.meta[3] and self.options.strict:
             value = other_way(self, slot)
+        if isinstance(value, Outdated):
+            outdated = value.error(describe(self.fn, self.options))
+            failed(self, outdated)
+            raise outdated
         if value._version != slot.meta[3]:
             error = mutated(self, value, slot.meta)
             failed(self, error)

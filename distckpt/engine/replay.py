@@ -147,6 +147,7 @@ def _replay(r: Region, run: Any) -> None:
             check_marks(then, owned)
         # A function may write into what a hook hands out, and the next replay is handed the same.
         r.marks = (r.marks[0], marks(owned))
+    stale = None if r.parameters is None or r.parameters.same() else r.parameters.look()
     counters.replays += 1
     if r.tie is not None:
         fn, args, kwargs = r.tie.bind(fn, args, kwargs)
@@ -159,7 +160,7 @@ def _replay(r: Region, run: Any) -> None:
     )
     if rewound:
         generators = rng.Rewound(draws, generators, r.idle)
-    if now == r.ambient and r.replay_context is None and r.buffers is None:
+    if now == r.ambient and r.replay_context is None and r.buffers is None and stale is None:
         stopped: Any = False
         try:
             stopped = run(r, fn, args, kwargs, generators, mismatch)
@@ -173,6 +174,8 @@ def _replay(r: Region, run: Any) -> None:
         with contextlib.ExitStack() as stack:
             if generators is not None:
                 stack.callback(generators.give_back)
+            if stale is not None:
+                stack.enter_context(stale.around(r))
             if r.buffers is not None:
                 stack.enter_context(r.buffers.rewound())
             if now != r.ambient:

@@ -6,22 +6,24 @@ import threading
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    from distckpt.engine.parameters import Stale
     from distckpt.engine.region import Region
 
 
 class Frame:
     """One replay under way on this thread; ``pins`` counts the pinned values it has handed out.
 
-    ``refused`` is the error that ends it, see :func:`refuse`.
+    ``refused`` is the error that ends it, see :func:`refuse`; ``stale`` the parameters that it finds changed.
     """
 
-    __slots__ = ("outer", "pins", "refused", "region")
+    __slots__ = ("outer", "pins", "refused", "region", "stale")
 
     def __init__(self, region: Region, outer: Any) -> None:
         self.region = region
         self.outer = outer
         self.pins = 0
         self.refused: Exception | None = None
+        self.stale: Stale | None = None
 
 
 class _Thread(threading.local):

@@ -10,6 +10,7 @@ from typing import Any, Literal, NoReturn
 import torch
 
 from distckpt import _torch
+from distckpt.engine.api import make_options
 from distckpt.engine.errors import BadOption
 from distckpt.engine.misuse import unknown_option
 from distckpt.engine.options import ContextFn, DeterminismCheck, Options, Partition
@@ -125,6 +126,7 @@ def apply(
         "respect_saved_tensors_hooks": respect_saved_tensors_hooks,
         "partition": partition,
     }
+    make_options(options)  # refuses what a call refuses
     chosen = choose(model, globs)
     for name, module in chosen:
         _refuse_region(module, name)

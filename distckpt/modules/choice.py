@@ -31,10 +31,10 @@ def choose(model: Module, choice: Choice | None = None) -> list[tuple[str, Modul
     # With its duplicates: a shared module may be named by any of its names, and is chosen once.
     modules = dict(model.named_modules(remove_duplicate=False))
     chosen: dict[Module, str] = {}
-    parts = default_layers(model) if choice is None else _parts(choice)
+    parts = default_layers(model) if choice is None else parts_of(choice)
     if not parts:
         raise NoMatch(
-            "dc.apply was given an empty choice of modules",
+            "the choice of modules is empty",
             why="no module would become a region, and the model would need as much memory as before",
             fix='name some, for example dc.apply(model, "layers.*")',
         )
@@ -49,11 +49,12 @@ def choose(model: Module, choice: Choice | None = None) -> list[tuple[str, Modul
     return sorted(((name, module) for module, name in chosen.items()), key=lambda item: order[item[0]])
 
 
-def _parts(choice: Choice) -> list[One]:
+def parts_of(choice: Choice) -> list[Any]:
+    """A choice as the list of what was written, with lists of modules taken apart. Nothing is refused here."""
     if isinstance(choice, Module):
         return _members(choice)
     if isinstance(choice, (str, type, bytes, Mapping)) or not isinstance(choice, Iterable):
-        return [choice]  # type: ignore[list-item]  # two of these are refused, as one thing
+        return [choice]
     return [one for part in choice for one in (_members(part) if isinstance(part, Module) else [part])]
 
 
@@ -115,7 +116,7 @@ def _predicate(function: Callable[..., Any]) -> Callable[[str, Module], Any]:
 
 def _bad(part: Any, what: str) -> BadChoice:
     return BadChoice(
-        f"dc.apply cannot choose modules by {what}",
+        f"modules cannot be chosen by {what}",
         fix=f"choose by {_FORMS}; a function takes a module, or its name and the module",
     )
 

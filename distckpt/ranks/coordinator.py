@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -21,8 +22,9 @@ from distckpt.ranks.watch import Watch
 from distckpt.ranks.world import World, detect
 
 if TYPE_CHECKING:
+    from distckpt.modules.choice import Choice
     from distckpt.ranks.fsdp import Sharded
-    from distckpt.ranks.fsdp_units import Globs
+    from distckpt.ranks.fsdp_units import Units
     from distckpt.ranks.partition import Partition
     from distckpt.ranks.pipeline.attach import Attached
     from distckpt.ranks.stream_check import Checked
@@ -69,7 +71,8 @@ class Coordinator:
     ) -> None:
         if rule not in RULES:
             raise BadOption(f"unknown device rule {rule!r}", fix=f"use one of {', '.join(RULES)}")
-        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
+        number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+        if not number or not math.isfinite(timeout) or timeout <= 0:
             raise BadOption(
                 f"timeout is a number of seconds above 0, not {timeout!r}", fix="Coordinator(timeout=60.0)"
             )
@@ -81,6 +84,18 @@ class Coordinator:
         if world_size is not None and (type(world_size) is not int or world_size < 1):
             raise BadOption(
                 f"world_size is a number of ranks or None, not {world_size!r}", fix="world_size=8"
+            )
+        if not isinstance(alarm, bool):
+            raise BadOption(f"alarm is True or False, not {alarm!r}", fix="Coordinator(alarm=False)")
+        if store is not None and not (hasattr(store, "set") and hasattr(store, "get")):
+            raise BadOption(
+                f"store is a torch.distributed.Store or None, not {store!r}",
+                fix="leave it out: ranks meet through the default process group's store",
+            )
+        if world is not None and not isinstance(world, World):
+            raise BadOption(
+                f"world is a distckpt.ranks.World or None, not {world!r}",
+                fix="leave it out; world_size=8 fixes the number of ranks",
             )
         self.device_type = device_type
         self.rule = rule
@@ -185,8 +200,10 @@ class Coordinator:
             CollectivesDiffer: from inside the backward, or at the end of the block, on every rank of the group.
             RanksMissing: a rank of the group did not come to a collective in time.
         """
-        if every < 1:
-            raise BadOption(f"every is a number of collectives from 1, not {every!r}")
+        if type(every) is not int or every < 1:
+            raise BadOption(
+                f"every is a number of collectives from 1, not {every!r}", fix="every=1 compares each"
+            )
         channel = self._open()
         self._start_alarm(channel)
         return Watch(channel, every=every, timeout=self.timeout)
@@ -231,20 +248,20 @@ class Coordinator:
     def fully_shard(
         self,
         model: torch.nn.Module,
-        units: Globs,
+        units: Units,
         plan: Any = None,
         *,
-        regions: str | Iterable[str] | None = AS_UNITS,
-        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        regions: Choice | None = AS_UNITS,
+        overrides: Mapping[Any, Mapping[str, Any]] | None = None,
         policy: Any = None,
         **options: Any,
     ) -> Sharded:
         """Shard ``model`` with FSDP2, a unit per module that ``units`` names and one for the rest, with regions inside.
 
         Args:
-            units: globs over module names. A tuple of globs inside it makes one unit of all that it matches.
+            units: modules, as for ``dc.apply``. A tuple or list inside it makes one unit of all that it matches.
             plan, policy: reserved; only None.
-            regions: globs of the modules to make regions; None for none. Left out: the units' modules.
+            regions: the modules to make regions, as for ``dc.apply``; None for none. Left out: the units' modules.
             overrides: FSDP2 options for some units only: ``{"layers.11": {"reshard_after_forward": False}}``.
             options: every option of the installed torch's ``fully_shard``, and those of ``dc.apply``.
 
@@ -265,7 +282,7 @@ class Coordinator:
         self,
         schedule_or_stages: Any,
         *,
-        plan: Any = None,
+        plan: Mapping[int, Choice] | None = None,
         early_replay: bool = True,
         ahead: int | str | None = None,
     ) -> Attached:
@@ -298,12 +315,8 @@ class Coordinator:
             handle.append(attach(self, schedule_or_stages, plan=plan, early_replay=early_replay, ahead=ahead))
             return handle[0]
 
-        def facts(attached: Attached) -> Mapping[str, Any]:
-            options = {"early_replay": early_replay, "ahead": ahead}
-            return {"plan": plan, **{f"options of stage {stage}": options for stage in attached.report()}}
-
         try:
-            attached = self._together("attach", work, facts)
+            attached = self._together("attach", work, lambda attached: attached.facts)
         except BaseException:
             for made in handle:
                 made.remove()

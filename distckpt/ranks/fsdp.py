@@ -13,8 +13,9 @@ import torch.distributed as dist
 from distckpt._torch import checkpointed_by
 from distckpt._torch_dist import UNITS_IN_REPLAYS, fsdp_state, fully_shard_options
 from distckpt.engine.errors import BadOption
-from distckpt.modules import Applied, apply, choose
+from distckpt.modules import Applied, BadChoice, NoMatch, NotAModel, apply, choose
 from distckpt.modules import regions as regions_on
+from distckpt.modules.choice import Choice
 from distckpt.ranks import fsdp_units
 from distckpt.ranks.fsdp_errors import CannotShard, UnitsInsideRegion, UnknownOption
 from distckpt.ranks.fsdp_replay import guard_units
@@ -74,10 +75,10 @@ class Sharded:
 def fully_shard(
     coord: Any,
     model: torch.nn.Module,
-    units: fsdp_units.Globs,
+    units: fsdp_units.Units,
     *,
-    regions: str | Iterable[str] | None = AS_UNITS,
-    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    regions: Choice | None = AS_UNITS,
+    overrides: Mapping[Any, Mapping[str, Any]] | None = None,
     policy: Any = None,
     plan: Any = None,
     **options: Any,
@@ -89,12 +90,13 @@ def fully_shard(
     equal to the bit.
 
     Args:
-        units: globs over the names of ``model.named_modules()``, as for ``dc.apply``. An entry that is itself a
-            tuple of globs makes one unit of all that it matches (``("norm", "head")``). The model is always the last.
-        regions: globs of the modules to make regions: finer than units, the same, or around several; None for
-            no regions. Left out: the units' modules, but not the root.
+        units: a glob over the names of ``model.named_modules()``, a class, a function of a module, modules, or
+            several of these, as for ``dc.apply``. An entry that is itself a tuple or a list makes one unit of all that
+            it matches (``("norm", "head")``). The model is always the last.
+        regions: the modules to make regions, as for ``dc.apply``: finer than units, the same, or around several;
+            None for no regions. Left out: the units' modules, but not the root.
         overrides: FSDP2 options for some units only: ``{"layers.11": {"reshard_after_forward": False}}``; ``""`` is
-            the root. Later entries win.
+            the root, and a class or a module is a key as well. Later entries win.
         policy, plan: reserved; only None.
         options: every option of the installed torch's ``fully_shard`` (``mesh``, ``reshard_after_forward``,
             ``mp_policy``, ``offload_policy``, ...), and those of ``dc.apply`` for the regions. Without ``mesh`` all
@@ -104,7 +106,9 @@ def fully_shard(
         A handle that says what was done; its ``remove()`` takes the regions off.
 
     Raises:
-        UnknownUnit: a glob of ``units`` or ``overrides`` matches nothing that can be a unit (DC420).
+        NotAModel: the first argument is no module (DC305).
+        BadChoice: ``units``, ``regions`` or a key of ``overrides`` is in no form that is known (DC306).
+        UnknownUnit: a part of ``units`` or ``overrides`` matches nothing that can be a unit (DC420).
         UnknownOption: a keyword that nobody takes (DC421).
         AlreadySharded: a unit, or a module around it, is distributed already (DC422).
         SharedAcrossUnits: one parameter in two units (DC423).
@@ -118,17 +122,20 @@ def fully_shard(
         >>> coord.fully_shard(model, units="layers.*", mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     """
     _refuse_reserved(policy=policy, plan=plan)
+    if not isinstance(model, torch.nn.Module):
+        raise _not_a_model(model, units)
+    overrides = _table(overrides)
     for_units, for_regions = _split(options, overrides)
     made = fsdp_units.find(model, units)
     if for_units.get("mesh") is None:
         for_units["mesh"] = _whole_mesh(coord)
-    fsdp_units.give_options(made, for_units, overrides)
+    fsdp_units.give_options(model, made, for_units, overrides)
     fsdp_units.refuse_sharded(model, made)
     fsdp_units.assign_parameters(model, made)
-    globs = _region_globs(made, regions)
-    nested = _units_inside(model, made, globs)
+    chosen = _chosen(model, made, regions)
+    nested = _units_inside(model, made, chosen)
     fsdp_units.rehearse(made)
-    applied = apply(model, globs, **for_regions) if globs else Applied((), model)
+    applied = apply(model, chosen.values(), **for_regions) if chosen else Applied((), model)
     _shard(made, applied)
     guard_units(model)
     return Sharded(applied, {unit.name: unit.options for unit in made}, nested)
@@ -143,13 +150,32 @@ def _refuse_reserved(**given: Any) -> None:
             )
 
 
+def _not_a_model(model: Any, units: Any) -> NotAModel:
+    return NotAModel(
+        f"coord.fully_shard shards a model, and was given a {type(model).__name__}",
+        why="the model comes first" if isinstance(units, torch.nn.Module) else None,
+        fix='coord.fully_shard(model, "layers.*"): an nn.Module, then which of its modules are units',
+    )
+
+
+def _table(overrides: Any) -> Mapping[Any, dict[str, Any]]:
+    """``overrides`` with plain values, or an error that says how they are written."""
+    table = {} if overrides is None else overrides
+    if not isinstance(table, Mapping) or not all(isinstance(extra, Mapping) for extra in table.values()):
+        raise BadOption(
+            "overrides= is a table of units, each with a table of options",
+            fix='overrides={"layers.11": {"reshard_after_forward": False}}',
+        )
+    return {key: dict(extra) for key, extra in table.items()}
+
+
 def _split(
-    options: dict[str, Any], overrides: Mapping[str, Mapping[str, Any]] | None
+    options: dict[str, Any], overrides: Mapping[Any, dict[str, Any]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     known = fully_shard_options()
     for where, given, allowed in (
         (None, options, (*known, *_REGION_OPTIONS)),
-        *((f"overrides[{glob!r}]", extra, known) for glob, extra in (overrides or {}).items()),
+        *((f"overrides[{key!r}]", extra, known) for key, extra in overrides.items()),
     ):
         unknown = [name for name in given if name not in allowed]
         if unknown:
@@ -162,8 +188,31 @@ def _split(
                 + ("" if where else f"; regions take {', '.join(_REGION_OPTIONS)}"),
                 fix=f"{meant}leave it out, or use a name that is listed",
             )
+        _check_values(given)
     for_units = {name: value for name, value in options.items() if name in known}
     return for_units, {name: value for name, value in options.items() if name not in known}
+
+
+def _check_values(options: dict[str, Any]) -> None:
+    """Refuse what FSDP2 would take and ignore, or fail on in the first step."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
+
+    kinds = (("mp_policy", MixedPrecisionPolicy, ()), ("offload_policy", OffloadPolicy, (type(None),)))
+    for name, kind, optional in kinds:
+        if name in options and not isinstance(options[name], (kind, *optional)):
+            raise BadOption(
+                f"{name} is a {kind.__name__}, not {options[name]!r}",
+                fix="mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16), offload_policy=CPUOffloadPolicy(), "
+                "both from torch.distributed.fsdp",
+            )
+    ignored = options.get("ignored_params")
+    if ignored is not None:
+        parameters = [*ignored] if isinstance(ignored, Iterable) else [ignored]
+        if not all(isinstance(parameter, torch.nn.Parameter) for parameter in parameters):
+            raise BadOption(
+                "ignored_params are parameters", fix="ignored_params=set(model.head.parameters())"
+            )
+        options["ignored_params"] = set(parameters)
 
 
 def _whole_mesh(coord: Any) -> Any:
@@ -180,23 +229,29 @@ def _whole_mesh(coord: Any) -> Any:
     return dist.init_device_mesh(kind, (dist.get_world_size(),))
 
 
-def _region_globs(units: list[fsdp_units.Unit], regions: Any) -> list[str]:
+def _chosen(model: torch.nn.Module, units: list[fsdp_units.Unit], regions: Any) -> dict[str, torch.nn.Module]:
+    """The modules to make regions, by name."""
     if regions is AS_UNITS:
-        return [name for unit in units[:-1] for name in unit.names]
+        regions = [module for unit in units[:-1] for module in unit.modules]
+        return dict(choose(model, regions)) if regions else {}
     if regions is None:
-        return []
-    return [regions] if isinstance(regions, str) else list(regions)
+        return {}
+    try:
+        return dict(choose(model, regions))
+    except (NoMatch, BadChoice) as error:
+        fix = f"{error.fix}; regions=None makes none" if error.fix else "regions=None makes none"
+        raise type(error)(f"regions: {error.what}", why=error.why, fix=fix) from None
 
 
 def _units_inside(
-    model: torch.nn.Module, units: list[fsdp_units.Unit], globs: list[str]
+    model: torch.nn.Module, units: list[fsdp_units.Unit], chosen: Mapping[str, torch.nn.Module]
 ) -> dict[str, tuple[str, ...]]:
     """The regions, old and new and whoever's, that have units below them."""
     names = {module: unit.name for unit in units for module in unit.modules}
     for name, module in model.named_modules():
         if fsdp_state(module) is not None:
             names.setdefault(module, name)
-    around = dict(choose(model, globs)) if globs else {}
+    around = dict(chosen)
     around |= {name: model.get_submodule(name) for name in regions_on(model).names}
     around |= {name: module for name, module in model.named_modules() if checkpointed_by(module)}
     found: dict[str, tuple[str, ...]] = {}

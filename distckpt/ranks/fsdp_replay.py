@@ -24,6 +24,7 @@ from distckpt._torch_dist import (
     unit_enters_replay,
 )
 from distckpt.engine import is_recomputing
+from distckpt.modules import NotAModel
 from distckpt.ranks.fsdp_errors import GatherOutsideBackward
 
 
@@ -57,7 +58,15 @@ def guard_units(model: torch.nn.Module) -> tuple[RemovableHandle, ...]:
 
     ``coord.fully_shard`` does this by itself. Call it once for a model that was sharded by hand and has regions with
     units inside them. Before torch 2.13 FSDP2 units cannot be helped and are left alone.
+
+    Raises:
+        NotAModel: it is no module (DC305).
     """
+    if not isinstance(model, torch.nn.Module):
+        raise NotAModel(
+            f"dc.guard_units guards the units of a model, and was given a {type(model).__name__}",
+            fix="dc.guard_units(model)",
+        )
     found = ((name, module, _entrance(module)) for name, module in model.named_modules())
     return tuple(
         module.register_forward_pre_hook(UnitGuard(name, enter), prepend=True)

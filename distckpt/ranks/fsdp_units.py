@@ -8,16 +8,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from distckpt._torch_dist import sharded_by
-from distckpt.modules import NeverCalled, NoMatch, choose
+from distckpt.modules import BadChoice, NeverCalled, NoMatch, choose
+from distckpt.modules.choice import Choice, One, parts_of
 from distckpt.modules.globs import compile_glob
 from distckpt.ranks.fsdp_errors import AlreadySharded, CannotShard, SharedAcrossUnits, UnknownUnit
 
-Globs = str | Iterable[str | tuple[str, ...]]
+Units: TypeAlias = "One | Iterable[One | tuple[One, ...] | list[One]]"
 
 
 @dataclass(eq=False)
@@ -38,21 +39,22 @@ class Unit:
         return f"the unit {self.name!r}" if self.name else "the root unit"
 
 
-def find(model: torch.nn.Module, globs: Globs) -> list[Unit]:
-    """The units that ``globs`` mean, inner ones before those around them, and the model itself last.
+def find(model: torch.nn.Module, asked: Units) -> list[Unit]:
+    """The units that ``asked`` means, inner ones before those around them, and the model itself last.
 
     Raises:
-        UnknownUnit: a glob matches nothing that can be a unit (DC420).
+        UnknownUnit: an entry matches nothing that can be a unit (DC420).
+        BadChoice: an entry is in no form that is known (DC306).
         CannotShard: a module is in two units, or units overlap so that no order is right (DC425).
     """
-    entries = (globs,) if isinstance(globs, str) else tuple(globs)
     units: dict[torch.nn.Module, Unit] = {}
-    for entry in entries:
-        found = [item for item in _choose(model, entry) if item[1] is not model]
-        if isinstance(entry, str):
-            groups = [Unit((name,), (module,)) for name, module in found if module not in units]
-        else:
+    for entry in parts_of(asked):
+        together = isinstance(entry, (tuple, list))
+        found = [item for item in _choose(model, entry if together else [entry]) if item[1] is not model]
+        if together:
             groups = [Unit(tuple(n for n, _ in found), tuple(m for _, m in found))] if found else []
+        else:
+            groups = [Unit((name,), (module,)) for name, module in found if module not in units]
         for unit in groups:
             for module in unit.modules:
                 if units.setdefault(module, unit) is not unit:
@@ -63,9 +65,11 @@ def find(model: torch.nn.Module, globs: Globs) -> list[Unit]:
     return _in_order(model, list(dict.fromkeys(units.values())))
 
 
-def _choose(model: torch.nn.Module, globs: str | tuple[str, ...]) -> list[tuple[str, torch.nn.Module]]:
+def _choose(model: torch.nn.Module, choice: Choice) -> list[tuple[str, torch.nn.Module]]:
     try:
-        return choose(model, globs)
+        return choose(model, choice)
+    except BadChoice as error:
+        raise BadChoice(f"units: {error.what}", fix=error.fix) from None
     except NoMatch as error:
         raise UnknownUnit(f"units: {error.what}", why=error.why, fix=error.fix) from None
     except NeverCalled as error:
@@ -102,22 +106,36 @@ def _children_first(model: torch.nn.Module) -> list[torch.nn.Module]:
     return list(seen)
 
 
-def give_options(units: list[Unit], options: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> None:
-    """Give each unit its options: the common ones, then those of every override whose glob names it.
+def give_options(
+    model: torch.nn.Module,
+    units: list[Unit],
+    options: Mapping[str, Any],
+    overrides: Mapping[Any, Mapping[str, Any]],
+) -> None:
+    """Give each unit its options: the common ones, then those of every override whose glob or class names it.
 
     Raises:
         UnknownUnit: an override names no unit.
+        BadChoice: it does so in no form that is known.
     """
     for unit in units:
         unit.options = dict(options)
-    for glob, extra in (overrides or {}).items():
-        pattern = compile_glob(glob)
-        hits = [unit for unit in units if any(pattern.fullmatch(name) for name in unit.names)]
+    for key, extra in overrides.items():
+        hits = _named(key, model, units)
         if not hits:
             names = ", ".join(repr(name) for unit in units for name in unit.names)
-            raise UnknownUnit(f"overrides: the glob {glob!r} names no unit", why=f"the units are {names}")
+            what = f"the glob {key!r}" if isinstance(key, str) else f"{key!r}"
+            raise UnknownUnit(f"overrides: {what} names no unit", why=f"the units are {names}")
         for unit in hits:
             unit.options |= extra
+
+
+def _named(key: Any, model: torch.nn.Module, units: list[Unit]) -> list[Unit]:
+    if isinstance(key, str):
+        pattern = compile_glob(key)
+        return [unit for unit in units if any(pattern.fullmatch(name) for name in unit.names)]
+    chosen = {module for _, module in _choose(model, [key])}
+    return [unit for unit in units if chosen.intersection(unit.modules)]
 
 
 def refuse_sharded(model: torch.nn.Module, units: list[Unit]) -> None:

@@ -126,7 +126,8 @@ def _entry(module: torch.nn.Module) -> dict[str, Any] | None:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON can carry it and ranks can compare it: callables and operators by name, never by address."""
+    """A value as JSON can carry it and ranks can compare it: callables and operators by name, never by address; devices
+    and generators by device type."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, functools.partial):
@@ -137,6 +138,10 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, (set, frozenset)):
         return sorted(canonical(plain(item)) for item in value)
+    if isinstance(value, (torch.device, torch.Generator)):
+        # Its type only: the ranks of a machine have different indices, and a generator has no name of its own.
+        kind = value.type if isinstance(value, torch.device) else value.device.type
+        return f"{type(value).__name__} on {kind}"
     if isinstance(value, _NAMED):
         return f"{value.__module__}.{value.__qualname__}"
     return _ADDRESS.sub("", str(value))

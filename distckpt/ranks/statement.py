@@ -148,7 +148,7 @@ def _modules(model: Any) -> list[torch.nn.Module]:
     for part in parts:
         if not isinstance(part, torch.nn.Module):
             raise BadOption(
-                f"check looks at a module or at a mapping of stages to modules, not at {part!r}",
+                f"check looks at a module or at a mapping of stages to modules, not at a {type(part).__name__}",
                 fix="coord.check(model), or coord.check({0: first, 4: second}) for several stages on one rank",
             )
     return parts
@@ -162,10 +162,22 @@ def own_plan(model: Any, mesh: Any, stage: Any) -> RegionPlan:
                 "the stages are named by the mapping's keys and by stage= or mesh= as well",
                 fix="leave stage= out, and a mesh with a pipeline dimension too",
             )
+        for name in model:
+            _check_stage(name)
         return RegionPlan.of(model)
     if stage is None and mesh is not None:
         stage = _stage_in(mesh)
+    _check_stage(0 if stage is None else stage)
     return RegionPlan.of(model, stage=0 if stage is None else stage)
+
+
+def _check_stage(stage: Any) -> None:
+    # Stages are compared by what they are called; an object is called by its address, another one on each rank.
+    if not isinstance(stage, str) and not hasattr(stage, "__index__"):
+        raise BadOption(
+            f"a stage is a number or a name, not a {type(stage).__name__}",
+            fix="stage=stage.stage_index, or a mapping of stage indices to modules",
+        )
 
 
 def _stage_in(mesh: Any) -> str | None:

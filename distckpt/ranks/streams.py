@@ -139,11 +139,10 @@ def seed_streams(
     """
     if type(seed) is not int:
         raise BadStreams(f"the seed of random streams is an int, not a {type(seed).__name__}")
-    table = {name: tuple(dims) for name, dims in (STREAMS if streams is None else streams).items()}
-    if DEFAULT in table or any(isinstance(dims, str) for dims in (streams or {}).values()):
+    table = _table(streams)
+    if aliases is not None and not (isinstance(aliases, Mapping) and _names(aliases, aliases.values())):
         raise BadStreams(
-            f"streams= is a table of names (not {DEFAULT!r}) and tuples of mesh dims",
-            fix='for example streams={"router": ("dp", "ep")}',
+            "aliases= is a table of mesh dims and what they mean", fix='for example aliases={"my_dim": "dp"}'
         )
     meanings = {**ALIASES, **(aliases or {})}
     place = _coordinates(mesh, meanings, {dim for dims in table.values() for dim in dims})
@@ -159,6 +158,26 @@ def seed_streams(
     return Seeded(new)
 
 
+def _table(streams: Any) -> dict[str, tuple[str, ...]]:
+    if streams is None:
+        return dict(STREAMS)
+    known = isinstance(streams, Mapping) and DEFAULT not in streams and _names(streams)
+    lists = known and all(
+        isinstance(dims, Iterable) and not isinstance(dims, str) for dims in streams.values()
+    )
+    table = {name: tuple(dims) for name, dims in streams.items()} if lists else {}
+    if not lists or not _names(*table.values()):
+        raise BadStreams(
+            f"streams= is a table of names (not {DEFAULT!r}) and tuples of mesh dims",
+            fix='for example streams={"router": ("dp", "ep")}',
+        )
+    return table
+
+
+def _names(*given: Iterable[Any]) -> bool:
+    return all(isinstance(name, str) for names in given for name in names)
+
+
 def _coordinates(mesh: Any, meanings: Mapping[str, str], wanted: set[str]) -> list[tuple[str, str, int]]:
     """Name, meaning and this rank's coordinate of every dim of the mesh."""
     if mesh is None:
@@ -169,10 +188,10 @@ def _coordinates(mesh: Any, meanings: Mapping[str, str], wanted: set[str]) -> li
                 fix='mesh = init_device_mesh(device_type, (dp, tp), mesh_dim_names=("dp", "tp"))',
             )
         return []
-    names = mesh.mesh_dim_names
+    names = getattr(mesh, "mesh_dim_names", None)
     if names is None:
         raise BadStreams(
-            "random streams need a mesh whose dims have names",
+            f"random streams need a DeviceMesh whose dims have names, not {mesh!r}",
             why="the names say over which dims a stream differs",
             fix='pass mesh_dim_names=("dp", "tp"), for example, when you make the mesh',
         )

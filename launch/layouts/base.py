@@ -52,6 +52,10 @@ class Layout:
         """Executions of block bodies on this rank so far, replays included."""
         return block_runs(self.model)
 
+    def replayed_early(self) -> int:
+        """Blocks that the last step replayed on this rank before their gradient was there."""
+        return 0
+
 
 class WholeModel(Layout):
     """A layout whose every rank runs the whole model: one forward, then one backward."""

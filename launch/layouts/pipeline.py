@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
+from distckpt.ranks.pipeline import Attached
 from launch.errors import BadOption
 from launch.layouts.base import Layout, build
 from launch.layouts.replicas import shard
@@ -64,9 +65,12 @@ class Pipeline(Layout):
         ]
         self._last = stages - 1 in mine
         self._schedule = self._make(kind, many, options)
+        self._attached: Attached | None = None
         if mode == "distckpt":
             # One replay per block and micro-batch, made while the gradient is on its way.
-            world.coordinator.attach(self._schedule, early_replay=options.early_replay)
+            self._attached = world.coordinator.attach(
+                self._schedule, early_replay=options.early_replay, ahead=options.ahead_amount
+            )
         self._before_backward: Callable[[], None] | None = None
         for stage in self._stages:
             self._tell_of_backward(stage)
@@ -96,6 +100,10 @@ class Pipeline(Layout):
 
     def stages(self) -> dict[int, nn.Module]:
         return {stage.stage_index: stage.submod for stage in self._stages}
+
+    def replayed_early(self) -> int:
+        reports = {} if self._attached is None else self._attached.report()
+        return sum(report.early.total() for report in reports.values())
 
     def step(
         self, inputs: torch.Tensor, targets: torch.Tensor, before_backward: Callable[[], None] | None = None

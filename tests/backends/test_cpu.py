@@ -114,17 +114,16 @@ print(cpu._memory, cpu.drawn_since(before), bool(torch.rand(1)), cpu.drawn_since
     assert in_a_new_process(code, DISTCKPT_GENERATOR_MEMORY="0").split() == ["None", "False", "True", "True"]
 
 
-@pytest.mark.parametrize("address", ["0", "8", "(1 << 47) - 4096", "(1 << 64) - 8", "-1", "1 << 70"])
-def test_a_search_at_an_address_that_is_not_there_finds_nothing_and_does_not_crash(address: str) -> None:
-    code = f"""
+def test_a_search_at_an_address_that_is_not_there_finds_nothing_and_does_not_crash() -> None:
+    code = """
 import torch
 from distckpt_backends import _torch
 class Elsewhere:
-    _cdata = {address}
     get_state = torch.default_generator.get_state
-print(_torch.cpu_generator_memory(Elsewhere()))
+for Elsewhere._cdata in (0, 8, (1 << 47) - 4096, (1 << 64) - 8, -1, 1 << 70):
+    print(_torch.cpu_generator_memory(Elsewhere()))
 """
-    assert in_a_new_process(code).strip() == "None"
+    assert in_a_new_process(code).split() == 6 * ["None"]
 
 
 def test_memory_that_reaches_beyond_the_generator_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ print(json.dumps({
     "argv": sys.argv, "name": __name__, "file": globals().get("__file__"), "path": sys.path[0],
     "main": sys.modules["__main__"].__dict__ is globals(), "package": __package__,
     "spec": getattr(__spec__, "name", None), "builtins": type(__builtins__).__name__,
+    "dynamo": "torch._dynamo" in sys.modules,  # loading it takes longer than torch
 }))
 """
 TRAIN = """

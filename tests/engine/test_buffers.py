@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -376,3 +378,40 @@ def test_statistics_that_a_function_normalises_with_itself_change_once(place: st
         return [*outs, *grads, mean, var]
 
     exact(program)
+
+
+@pytest.mark.parametrize("writes", [False, True])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_saved_buffer_that_the_region_then_replaces_keeps_its_value(writes: bool, steps: int) -> None:
+    class Decayed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.full((4,), 2.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if writes:
+                self.scale.add_(0.25)
+            y = (x * self.scale).sin()
+            self.scale = self.scale * 0.5
+            return y
+
+    def program(region: Region) -> list[torch.Tensor | None]:
+        block, x = Decayed(), leaf(4)
+        outs = [region(block, x) for _ in range(steps)]
+        sum(outs).sum().backward()  # type: ignore[union-attr]
+        return [x.grad, block.scale]
+
+    exact(program)
+
+
+def test_a_model_whose_modules_know_their_parent_is_freed() -> None:
+    class Child(nn.Linear):
+        parent: list[nn.Module]
+
+    model = nn.Sequential(Child(4, 4))
+    model[0].parent = [model]  # type: ignore[union-attr, assignment]
+    alive = weakref.ref(model)
+    dc.checkpoint(model, leaf(2, 4)).sum().backward()
+    del model
+    gc.collect()
+    assert alive() is None

@@ -27,7 +27,7 @@ def test_an_optimizer_step_between_forward_and_backward_is_refused() -> None:
     optimizer.step()
     with pytest.raises(ReplayError) as caught:
         out.sum().backward()
-    assert caught.value.code == "DC112"
+    assert caught.value.code == "DC124"
     assert "after backward" in str(caught.value)
 
 

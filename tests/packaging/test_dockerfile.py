@@ -100,15 +100,21 @@ def test_what_is_copied_is_there_and_reaches_the_build() -> None:
                     assert f"!{name}" in ignored or f"!{re.sub('-.*[.]', '-*.', name)}" in ignored
 
 
+# `python -m venv` without its slowest half, unpacking pip: this environment's pip is linked in with the rest.
 _PYTHON = """#!{python}
-import os, subprocess, sys
-code = subprocess.call([{python!r}, *sys.argv[1:]])
-if sys.argv[1:3] == ["-m", "venv"] and not code:
+import subprocess, sys
+venv = sys.argv[1:3] == ["-m", "venv"]
+code = subprocess.call([{python!r}, *sys.argv[1:], *["--without-pip"] * venv])
+if venv and not code:
     sys.path.insert(0, {root!r})
     from pathlib import Path
     from tests.packaging.clean import link
-    (site,) = Path(sys.argv[3]).glob("lib/python*/site-packages")
-    link(site, ["torch", "numpy", "rich", "tyro", "plotille", "hatchling"])
+    folder = Path(sys.argv[3])
+    (site,) = folder.glob("lib/python*/site-packages")
+    link(site, ["pip", "torch", "numpy", "rich", "tyro", "plotille", "hatchling"])
+    pip = folder / "bin" / "pip"
+    pip.write_text(f'#!/bin/sh\\nexec {{folder}}/bin/python -m pip "$@"\\n')
+    pip.chmod(0o755)
 sys.exit(code)
 """
 

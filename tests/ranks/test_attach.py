@@ -19,12 +19,26 @@ def test_ranks_with_one_plan_are_attached(ranks: Any, case: str) -> None:
     assert [rank[case].get("attached") for rank in ranks] == ["Attached(stages 0)", "Attached(stages 1)"], (
         ranks
     )
-    assert [rank[case]["regions"] for rank in ranks] == [2, 2]
+    assert [rank[case]["regions"] for rank in ranks] == [{"0": ["0", "1"]}, {"1": ["0", "1"]}]
+
+
+@pytest.mark.parametrize("how", ["spelled otherwise", "by class", "by a function", "by modules"])
+def test_ranks_of_one_stage_that_say_the_same_in_other_words_are_attached(ranks: Any, how: str) -> None:
+    found = [rank[f"one stage, {how}"] for rank in ranks]
+    assert [one.get("regions") for one in found] == [{"0": ["0", "1"]}] * 2, found
 
 
 CASES = {
-    "another plan": ("DC407", ["2 ranks differ in: plan", '"1":"1"', "on rank 1"]),
+    "another plan": ("DC407", ["2 ranks differ in: plan", '"1":["1"]', "on rank 1"]),
     "no plan": ("DC407", ["2 ranks differ in: plan", "plan: null on rank 1"]),
+    "one stage, another amount": (
+        "DC407",
+        ["differ in: options of stage 0", '"ahead":2147483648', '"ahead":"1 micro-batch"'],
+    ),
+    "one stage, a function that asks for the rank": (
+        "DC407",
+        ["differ in: regions of stage 0", '["0"] on rank 0', '["1"] on rank 1'],
+    ),
     "an error on one rank": ("DC433", ["rank 0 of 2"]),
     "an error of no code on one rank": ("DC413", ["a rank failed: KeyError: 'not today'", "rank 1 of 2"]),
 }

@@ -137,3 +137,11 @@ def test_plans_differ_when_the_settings_of_a_partition_do() -> None:
         assert plan().hash != plan(prefetch=False).hash
     finally:
         dist.destroy_process_group()
+
+
+def test_generators_and_devices_are_told_by_device_type_which_ranks_share() -> None:
+    def draws(generator: torch.Generator, device: torch.device) -> None: ...
+
+    ways = [functools.partial(draws, torch.Generator(), torch.device("cuda", index)) for index in (0, 1)]
+    assert plain(ways[0]) == plain(ways[1])
+    assert plain(ways[0])["args"] == ["Generator on cpu", "device on cuda"]

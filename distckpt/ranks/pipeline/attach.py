@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import torch
+
 from distckpt._torch_dist import custom_computations, is_stage, schedule_kind, schedule_stages, step_with
+from distckpt.engine.errors import BadOption
 from distckpt.modules import Applied, apply
+from distckpt.modules.choice import Choice, parts_of
 from distckpt.ranks.pipeline.early import EarlyReplay
 from distckpt.ranks.pipeline.errors import AlreadyAttached, StageNotInPlan, UnknownSchedule
-from distckpt.ranks.pipeline.limit import limit_of
+from distckpt.ranks.pipeline.limit import Ahead, limit_of
 from distckpt.ranks.pipeline.order import Order, order_of
 from distckpt.ranks.pipeline.report import StageReport
 from distckpt.ranks.pipeline.stage import Stage
+from distckpt.ranks.regionplan import plain
 
 
 class Attached:
-    """What :func:`attach` put on this rank's stages and their schedule. Usable as a context manager."""
+    """What :func:`attach` put on this rank's stages and their schedule. Usable as a context manager.
 
-    def __init__(self, schedule: Any, stages: dict[int, Stage], applied: list[Applied], hooked: bool) -> None:
+    ``facts`` is what ranks compare: the plan for all stages, and for each stage of this rank its options and the
+    regions that the plan has put on it. They have one spelling: 2**31 bytes are ``"2 GiB"``.
+    """
+
+    def __init__(
+        self,
+        schedule: Any,
+        stages: dict[int, Stage],
+        applied: dict[int, Applied],
+        hooked: bool,
+        facts: dict[str, Any],
+    ) -> None:
         self._schedule = schedule
         self._stages = stages
         self._applied = applied
         self._hooked = hooked
+        self.facts = facts
+
+    @property
+    def regions(self) -> dict[int, tuple[str, ...]]:
+        """Per stage of this rank on which ``plan`` has put regions, the names of the modules."""
+        return {index: applied.names for index, applied in self._applied.items()}
 
     def report(self) -> dict[int, StageReport]:
         """Per stage of this rank, what happened in the step that runs or ran last."""
@@ -36,9 +58,9 @@ class Attached:
         if self._hooked:
             self._schedule.__dict__.pop("_step_microbatches", None)
             self._hooked = False
-        for applied in self._applied:
+        for applied in self._applied.values():
             applied.remove()
-        self._stages, self._applied = {}, []
+        self._stages, self._applied = {}, {}
 
     def __enter__(self) -> Attached:
         return self
@@ -56,7 +78,7 @@ def attach(
     *,
     early_replay: bool = True,
     ahead: int | str | None = None,
-    plan: Mapping[int, str | Iterable[str]] | None = None,
+    plan: Mapping[int, Choice] | None = None,
 ) -> Attached:
     """One replay per region and micro-batch, for a pipeline of ``torch.distributed.pipelining``.
 
@@ -83,10 +105,13 @@ def attach(
     Raises:
         UnknownSchedule: neither a schedule with a step that we know, nor stages.
         AlreadyAttached: a stage is attached already.
-        StageNotInPlan: ``plan`` and the pipeline have different stages.
+        StageNotInPlan: ``plan`` and the pipeline have different stages, or it is no plan by stage.
         BadAhead: ``ahead`` is no amount.
+        BadOption: ``early_replay`` is neither True nor False.
         DistckptError: see :func:`distckpt.apply`. After any error everything is as it was.
     """
+    if not isinstance(early_replay, bool):
+        raise BadOption(f"early_replay is True or False, not {early_replay!r}", fix="early_replay=False")
     limit = limit_of(early_replay, ahead)
     stages, schedule = _stages(schedule_or_stages)
     for stage in stages:
@@ -98,6 +123,7 @@ def attach(
             )
     if plan is not None:
         _check_plan(plan, stages[0].num_stages)
+        plan = {stage: _read(plan[stage]) for stage in plan}
     order = order_of(schedule) if schedule is not None else Order(())
     hooked = {stage.stage_index: Stage(stage, order, limit) for stage in stages}
     early = EarlyReplay(hooked, order)
@@ -105,22 +131,27 @@ def attach(
     if early_replay:
         for found in hooked.values():
             found.why_unseen = partial(_why_unseen, schedule, step is not None)
-    applied: list[Applied] = []
+    options = {"early_replay": early_replay, "ahead": limit.value if isinstance(limit, Ahead) else limit}
+    facts: dict[str, Any] = {
+        "plan": None if plan is None else {stage: _said(choice) for stage, choice in plan.items()},
+        **{f"options of stage {index}": options for index in hooked},
+    }
+    applied: dict[int, Applied] = {}
     try:
         for stage in stages if plan is not None else ():
-            globs = plan[stage.stage_index] if plan is not None else ()
-            globs = [globs] if isinstance(globs, str) else list(globs)
-            if globs:
-                applied.append(apply(stage.submod, globs))
+            choice = plan[stage.stage_index] if plan is not None else None
+            if choice != []:
+                applied[stage.stage_index] = apply(stage.submod, choice)
     except BaseException:
-        for one in applied:
+        for one in applied.values():
             one.remove()
         raise
     for stage in hooked.values():
         stage.attach()
     if schedule is not None and step is not None:
         schedule._step_microbatches = step
-    return Attached(schedule, hooked, applied, step is not None)
+    facts |= {f"regions of stage {index}": one.names for index, one in applied.items()}
+    return Attached(schedule, hooked, applied, step is not None, facts)
 
 
 def _stages(given: Any) -> tuple[list[Any], Any]:
@@ -137,7 +168,26 @@ def _stages(given: Any) -> tuple[list[Any], Any]:
     )
 
 
+def _read(choice: Any) -> Any:
+    """A choice that can be read twice, and ``[]`` for none: an iterator is empty the second time."""
+    return [*choice] if isinstance(choice, (Iterator, tuple, set, frozenset)) else choice
+
+
+def _said(choice: Choice) -> Any:
+    """A choice in a form that does not depend on who wrote it: a glob is a list of one, and modules, which only the
+    ranks of their stage have, are their classes."""
+    return sorted(
+        type(part).__name__ if isinstance(part, torch.nn.Module) else str(plain(part))
+        for part in parts_of(choice)
+    )
+
+
 def _check_plan(plan: Mapping[int, Any], count: int) -> None:
+    if not isinstance(plan, Mapping):
+        raise StageNotInPlan(
+            f"a plan says for every stage which modules are regions, and this is a {type(plan).__name__}",
+            fix='plan={0: "layers.*", 1: "layers.*", 2: []}; an empty list is a stage without regions',
+        )
     missing = sorted(set(range(count)) - set(plan))
     extra = sorted(set(plan) - set(range(count)), key=str)
     if missing or extra:
@@ -148,9 +198,14 @@ def _check_plan(plan: Mapping[int, Any], count: int) -> None:
         )
         raise StageNotInPlan(
             what,
-            where=f"plan for stages {', '.join(map(str, plan))}",
+            where=f"plan for stages {', '.join(map(repr, plan))}",
             why=f"the pipeline has the stages 0 to {count - 1}, and every rank needs the same plan",
-            fix="name every stage; an empty list is a stage without regions",
+            fix="name every stage, by its number; an empty list is a stage without regions",
+        )
+    silent = sorted(stage for stage, choice in plan.items() if choice is None)
+    if silent:
+        raise StageNotInPlan(
+            f"the plan says None for stage {silent[0]}", fix="write an empty list for a stage without regions"
         )
 
 
