@@ -31,7 +31,7 @@ torch gathers them for nothing.
 PIPELINE = """## Pipeline stages
 
 Real gloo ranks. `none` has no regions, `torch` is `torch.utils.checkpoint`, `alone` is `dc.apply` without more,
-`attached` is `coord.attach(schedule, ahead="1 micro-batch")`.
+`default` is `coord.attach(schedule)`, and `attached` is `coord.attach(schedule, ahead="1 micro-batch")`.
 The times of the first two tables are of ranks that share two cores, so they
 say little about waiting; the runs of a block are exact. Runs are per micro-batch, the least and the most of any
 block; 1 is the forward.
@@ -39,8 +39,9 @@ block; 1 is the forward.
 
 WAITS = """### Replay while the gradient is on its way
 
-1F1B, blocks that compute. `after` is `attach(early_replay=False)`: replays wait for their gradient, and the
-last stage kept its final region when this was measured. `early only` replays early and keeps nothing.
+1F1B, blocks that compute. `after` is `attach(early_replay=False)`: replays wait for their gradient. `default` replays
+the newest region early, `early only` all of them, and `attached` keeps those of the last stage as well. What they save
+is against `after`, which makes the same replays later, and against torch's engine.
 """
 
 SLEEP = """### The same with blocks that sleep
@@ -85,7 +86,7 @@ def pipeline_part() -> str:
         for row in found["rows"]:
             engines = row["engines"]
             line = [row["schedule"]]
-            for name in ("none", "torch", "alone", "early"):
+            for name in ("none", "torch", "alone", "default", "early"):
                 line += [f"{engines[name]['seconds'] * 1e3:.0f}"]
                 line += [_runs(*engines[name]["runs"])] if name != "none" else []
             rows.append(line)
@@ -95,6 +96,8 @@ def pipeline_part() -> str:
             "torch ms",
             "runs",
             "alone ms",
+            "runs",
+            "default ms",
             "runs",
             "attached ms",
             "runs",
@@ -107,19 +110,16 @@ def pipeline_part() -> str:
             for row in found["rows"]:
                 times = {engine: cost["seconds"] for engine, cost in row["engines"].items()}
                 line = [str(row["ranks"]), str(row["micro_batches"])]
-                line += [f"{times[e] * 1e3:.0f}" for e in ("none", "alone", "after", "early only", "early")]
-                line += [f"{100 * (1 - times[e] / times['alone']):.1f} %" for e in ("early only", "early")]
+                engines = ("none", "torch", "after", "default", "early only", "early")
+                line += [f"{times[e] * 1e3:.0f}" for e in engines]
+                line += [f"{row['engines'][e]['early']}" for e in ("default", "early")]
+                for base in ("after", "torch"):
+                    line += [f"{100 * (1 - times[e] / times[base]):.1f} %" for e in ("default", "early")]
                 rows.append(line)
-            header = [
-                "ranks",
-                "micro-batches",
-                "none ms",
-                "alone ms",
-                "after ms",
-                "early only ms",
-                "attached ms",
-            ]
-            header += ["early only saves", "attached saves"]
+            header = ["ranks", "micro-batches"]
+            header += [f"{e} ms" for e in ("none", "torch", "after", "default", "early only", "attached")]
+            header += ["default: early", "attached: early"]
+            header += [f"{e} saves of {base}" for base in ("after", "torch") for e in ("default", "attached")]
             parts += [text, table(header, rows), "", source(found)]
     return "\n".join(parts)
 

@@ -358,7 +358,7 @@ def _enter_forward_context(r: Region) -> None:
     from distckpt.engine.contexts import Contexts
 
     r.replay_context = Contexts(make, r)
-    r.replay_context.enter_forward()
+    r.replay_context.enter_forward(r)
 
 
 def _leave_forward_context(r: Region, error: BaseException | None) -> None:

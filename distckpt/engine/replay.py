@@ -183,7 +183,7 @@ def _replay(r: Region, run: Any) -> None:
             else:
                 stack.callback(ambient.put_back, now)
             if r.replay_context is not None:
-                stack.enter_context(r.replay_context.replaying())
+                stack.enter_context(r.replay_context.replaying(r))
             run(r, fn, args, kwargs, generators, mismatch)
     if mismatch.found:
         r.clear()

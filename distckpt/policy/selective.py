@@ -52,6 +52,7 @@ from distckpt._torch import (
     is_aot_tracing,
     keep_graph,
     original_selective_contexts,
+    top_dispatch_mode,
     top_saved_tensors_hooks,
     user_saved_tensors_hooks,
     wait_for_collective,
@@ -88,6 +89,8 @@ class _Selective:
     supports_higher_order_operators = True
     store: Store
     strict = False
+    _bound: Store | None = None
+    _stands_for: Any = None  # the mode that somebody entered instead
     _casts = False  # under autocast: casts are neither kept nor counted
 
     @classmethod
@@ -104,9 +107,34 @@ class _Selective:
             mine = copy.copy(self)
             TorchDispatchMode.__init__(mine)  # type: ignore[arg-type]
             mine.store = region.kept
+            mine._stands_for = self
+        mine._bound = region.kept
         mine.strict = region.options.strict
         mine._casts = mine.strict and region.ambient[8] is not None
         return mine
+
+    def __enter__(self) -> Any:
+        region = here.entering
+        mine = self
+        if region is not None and (region.kept is None or self._bound is not region.kept):
+            mine = self.bind_region(
+                region
+            )  # a context of the user's is around this one, so nobody has asked yet
+        mine.begin()
+        return TorchDispatchMode.__enter__(mine)  # type: ignore[arg-type]
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        mine = top_dispatch_mode()
+        if getattr(mine, "_stands_for", None) is not self:
+            mine = self
+        TorchDispatchMode.__exit__(mine, kind, error, trace)  # type: ignore[arg-type]
+        mine.end(kind is None)
+
+    def begin(self) -> None:
+        """It is about to be entered."""
+
+    def end(self, good: bool) -> None:
+        """It was left, without an exception if ``good``."""
 
     @property
     def region(self) -> Region | None:
@@ -153,15 +181,13 @@ class CachingMode(_Selective, OriginalCachingMode):
         mine.respect_saved_tensors_hooks = region.options.respect_saved_tensors_hooks
         return mine
 
-    def __enter__(self) -> Any:
+    def begin(self) -> None:
         self._recorded = self.region
         self._outer_hooks = user_saved_tensors_hooks(is_engine_hook)
-        return TorchDispatchMode.__enter__(self)  # type: ignore[arg-type]
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        TorchDispatchMode.__exit__(self, kind, error, trace)  # type: ignore[arg-type]
+    def end(self, good: bool) -> None:
         r, self._recorded, self._outer_hooks = self._recorded, None, None
-        if kind is not None:
+        if not good:
             return
         if self._error is not None:  # the function went on as if nothing had happened
             raise self._error
@@ -272,7 +298,7 @@ class CachedMode(_Selective, OriginalCachedMode):
         self.allow_cache_entry_mutation = allow_cache_entry_mutation
         self._last_use = False
 
-    def __enter__(self) -> Any:
+    def begin(self) -> None:
         for calls in self.store.calls.values():
             calls.seen = 0
         # Asked now: later in the replay the running backward may be that of a gradient taken inside.
@@ -281,7 +307,6 @@ class CachedMode(_Selective, OriginalCachedMode):
             self.store.forget()
         ends = r is not None and r.closed and r.session is None
         self._last_use = ends and graph_task_id() != -1 and not keep_graph()
-        return TorchDispatchMode.__enter__(self)  # type: ignore[arg-type]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         calls = self.store.calls.get(func)

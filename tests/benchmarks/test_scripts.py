@@ -123,6 +123,7 @@ def test_pipelines_that_sleep_replay_early() -> None:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
     early = {(row[0], row[1]): row[4] for row in rows if len(row) == 5}
     assert early["2 ranks, 4 micro-batches", "early"] == "8"
+    assert early["2 ranks, 4 micro-batches", "default"] == "4"
     assert early["2 ranks, 4 micro-batches", "after"] == "0"
 
 
