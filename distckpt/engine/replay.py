@@ -33,13 +33,14 @@ from distckpt._torch import (
     set_grad_enabled,
     set_script_optimizes,
 )
-from distckpt.engine import ambient, closure, inputs, rng
+from distckpt.engine import ambient, closure, inputs, parameters, rng
 from distckpt.engine.doubt import doubt
 from distckpt.engine.errors import ReplayError
 from distckpt.engine.events import counters
 from distckpt.engine.inputs import Packed, check_marks, give_back, marks
 from distckpt.engine.mismatch import Mismatch
 from distckpt.engine.state import Frame, here
+from distckpt.engine.turns import Turn
 
 if TYPE_CHECKING:
     from distckpt.engine.region import Region
@@ -152,16 +153,18 @@ def _replay(r: Region, run: Any) -> None:
     if r.tie is not None:
         fn, args, kwargs = r.tie.bind(fn, args, kwargs)
     mismatch = Mismatch(r, (fn, args, kwargs, captured))
+    if stale is not None:
+        mismatch.restored = stale.restored
     now = ambient.snapshot()
     draws = r.draws if r.closed else rng.so_far(r.rng_before, r.stash)
     generators: Any = r.idle_cpu
     rewound = (
         draws or r.idle is not None or (generators is not None and cpu_drawn_since(generators.fingerprint))
     )
-    if rewound:
-        generators = rng.Rewound(draws, generators, r.idle)
     if now == r.ambient and r.replay_context is None and r.buffers is None and stale is None:
         stopped: Any = False
+        if rewound:
+            generators = rng.Rewound(draws, generators, r.idle)
         try:
             stopped = run(r, fn, args, kwargs, generators, mismatch)
         finally:
@@ -172,6 +175,14 @@ def _replay(r: Region, run: Any) -> None:
                 ambient.put_back(now)
     else:
         with contextlib.ExitStack() as stack:
+            shared = () if r.buffers is None else r.buffers.places()
+            if stale is not None and stale.back:
+                shared = (*shared, parameters.MODULES)
+            if shared:
+                # with all that it moves at once: two replays must not wait for each other
+                stack.callback(Turn((*shared, *(draw.stream.name for draw in draws or ()))).end)
+            if rewound:
+                generators = rng.Rewound(draws, generators, r.idle)
             if generators is not None:
                 stack.callback(generators.give_back)
             if stale is not None:

@@ -10,7 +10,7 @@ import torch
 from . import program as p
 from .adapt import for_torch, without_hooks
 from .draw import HOOKS
-from .engines import PLAIN, TORCH, Engine
+from .engines import PLAIN, PLAIN_AS_WRITTEN, TORCH, TORCH_AS_WRITTEN, Engine
 from .interpret import Outcome, run
 
 SIMPLE = "to TorchScript's simple executor, which rounds otherwise than its optimizer"
@@ -92,8 +92,6 @@ def judge(program: p.Program, engine: Engine) -> Verdict:
     """Run a program both ways; return how they agree, or raise Disagreement."""
     if not engine.ours:
         program = for_torch(program)
-    if engine == TORCH and program.finish == "threads" and p.draws_random(program.body):
-        return Verdict("left out", "torch's replays on two threads draw each other's numbers")
     reason = left_out(program)
     if reason is not None:
         return Verdict("left out", reason)
@@ -138,13 +136,12 @@ def _judge_ours(program: p.Program, engine: Engine, expected: Outcome, got: Outc
 def _equals_simple_executor(program: p.Program, got: Outcome) -> bool:
     if not p.uses(program.body, p.Library, "script"):
         return False
-    with torch.jit.optimized_execution(False):
-        return difference(run(program, PLAIN), got) is None
+    return difference(run(program, PLAIN_AS_WRITTEN), got) is None
 
 
 def _judge_beside_torch(program: p.Program, engine: Engine, expected: Outcome) -> Verdict:
     """Judge torch's surface: equal to plain autograd wherever torch's engine is, elsewhere as torch's or an error."""
-    got = run(program, engine)
+    got = _beside(program) if engine == TORCH else run(program, engine)
     found = f"raises {got.error!r}" if got.error is not None else difference(expected, got)
     if found is None:
         return Verdict("equal")
@@ -181,8 +178,8 @@ def _beside(program: p.Program) -> Outcome:
         return run(program, TORCH)
     # A scripted function turns the exception that ends torch's replay early into an error, and torch's replay runs
     # another graph than its forward.
-    with TORCH.module.set_checkpoint_early_stop(False), torch.jit.optimized_execution(False):
-        return run(program, TORCH)
+    with TORCH.module.set_checkpoint_early_stop(False):
+        return run(program, TORCH_AS_WRITTEN)
 
 
 def _judge_reentrant(program: p.Program, expected: Outcome, got: Outcome) -> Verdict:
