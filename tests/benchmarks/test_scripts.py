@@ -79,6 +79,11 @@ def test_partitioned_inputs_give_equal_gradients_at_half_the_bytes() -> None:
     assert printed.count("| 0.25 ") == 4
 
 
+def test_what_is_not_checked_is_measured() -> None:
+    printed = run("unseen.py", "--rounds", "1", "--widths", "64")
+    assert len(re.findall(r"\| \d+\.\d% *\|$", printed, re.M)) == 8
+
+
 def test_compose_reports_its_programs() -> None:
     printed = run("compose.py", "--engine", "compat", "--count", "10", "--no-write")
     assert "0 failures" in printed
