@@ -114,7 +114,7 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
             scan.look(fn, args, kwargs)
         r.captured = closure.capture(fn, scan)
         if marked:
-            r.marks = inputs.marks((fn, args, kwargs, scan.captured))
+            r.marks = (inputs.marks((fn, args, kwargs, scan.captured)),)
         r.repeats = scan.repeats
         generators = scan.generators
         reached = buffers.holders(fn if scan.modules or type(fn) is not FunctionType else None, args, kwargs)
@@ -128,7 +128,7 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
     else:
         r.fn = fn
         if marked:
-            r.marks = inputs.marks(args)
+            r.marks = (inputs.marks(args),)
         r.args = [inputs.own_tensor(a) if isinstance(a, _Tensor) else a for a in args]
         if kwargs:
             r.kwargs = kwargs
@@ -278,7 +278,7 @@ def close_region(r: Region, out: Any, call: tuple[Any, ...] | None = None) -> No
     elif r.traced is not None:
         r.traced.seal(r.pins)
     if call is not None and last_script() is not None:
-        _remember_nodes(r, out, call)
+        _count_scripted(r, out, call)
 
 
 def abort_region(r: Region, error: BaseException) -> None:
@@ -292,12 +292,12 @@ def abort_region(r: Region, error: BaseException) -> None:
         _leave_forward_context(r, error)
 
 
-def _remember_nodes(r: Region, out: Any, call: tuple[Any, ...]) -> None:
-    from distckpt.engine.scripted import nodes
+def _count_scripted(r: Region, out: Any, call: tuple[Any, ...]) -> None:
+    from distckpt.engine.scripted import optimised_graphs
 
     # What the call holds, not what the region owns of it: to unpack that would run hooks and an outer region's replay.
     captured = closure.held_tensors(r.captured) if r.captured is not None else []
-    r.nodes = nodes(out, tensors((*call, captured)))
+    r.scripted = optimised_graphs(out, tensors((*call, captured)))
     r.early_stop = False
 
 

@@ -303,6 +303,8 @@ class CachedMode(_Selective, OriginalCachedMode):
             calls.seen = 0
         # Asked now: later in the replay the running backward may be that of a gradient taken inside.
         r = self.region
+        if r is not None and r.closed:
+            self.store.forget()
         ends = r is not None and r.closed and r.session is None
         self._last_use = ends and graph_task_id() != -1 and not keep_graph()
 
@@ -320,7 +322,10 @@ class CachedMode(_Selective, OriginalCachedMode):
             return self._unknown(func, index, args, kwargs or {})
         entry = calls.kept.get(index)
         if entry is None:
-            return func(*args, **kwargs) if kwargs else func(*args)
+            out = func(*args, **kwargs) if kwargs else func(*args)
+            if not calls.plain and self.store.watches:
+                self.store.written(calls.operator.written(args, kwargs or {}))
+            return out
         return self._given(calls, index, entry, func, args, kwargs or {})
 
     def _is_mine(self) -> bool:
@@ -357,11 +362,12 @@ class CachedMode(_Selective, OriginalCachedMode):
                 if strict
                 else RuntimeError(_CHANGED)
             )
-        if not again:
-            if strict:
-                del calls.kept[index]
-            else:
-                calls.kept[index] = _CONSUMED
+        if again:
+            self.store.handed(entry.out)
+        elif strict:
+            del calls.kept[index]
+        else:
+            calls.kept[index] = _CONSUMED
         for stream, state in entry.after or ():
             stream.set_state(state)
         return out
