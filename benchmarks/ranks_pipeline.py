@@ -247,7 +247,7 @@ def waits(rounds: int) -> list[dict[str, Any]]:
             {
                 "micro_batches": count,
                 "engines": measure(
-                    pipe, ["none", "alone", "after", "default", "early only", "early"], rounds
+                    pipe, ["none", "torch", "alone", "after", "default", "early only", "early"], rounds
                 ),
             }
         )
@@ -264,7 +264,7 @@ def sleep(rounds: int, seconds: float) -> list[dict[str, Any]]:
             {
                 "micro_batches": count,
                 "engines": measure(
-                    pipe, ["none", "alone", "after", "default", "early only", "early"], rounds
+                    pipe, ["none", "torch", "alone", "after", "default", "early only", "early"], rounds
                 ),
             }
         )

@@ -72,6 +72,7 @@ NAMES = PrivateNames(
             "torch.overrides:_get_current_function_mode_stack",
             "torch.utils._device:DeviceContext",
             "torch.utils._python_dispatch:_disable_current_modes",
+            "torch.utils._python_dispatch:_get_current_dispatch_mode",
             "torch.utils._python_dispatch:TorchDispatchMode",
             "torch.utils._pytree:SUPPORTED_NODES",
             "torch.utils._pytree:_get_node_type",
@@ -307,6 +308,13 @@ def is_proxy_tracing() -> bool:
 def dispatch_mode_is_on() -> bool:
     """Whether any dispatch mode is on, which autograd takes for tensor subclasses being about."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def top_dispatch_mode() -> Any:
+    """The innermost dispatch mode of this thread, or None."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+    return _get_current_dispatch_mode()
 
 
 def traced_graph() -> Any:

@@ -264,6 +264,11 @@ class Buffers:
         """The live buffers."""
         return [t for e in self.entries if (t := e.owner._buffers.get(e.key)) is not None]
 
+    def places(self) -> tuple[str, ...]:
+        """Names for what is rewound, by which replays take turns."""
+        things = {id(e.owner if isinstance(e.owner, Module) else e.tensor) for e in self.entries}
+        return tuple(f"buffers of {thing}" for thing in things)
+
     @contextlib.contextmanager
     def rewound(self) -> Iterator[None]:
         """Give the forward's buffers to a replay, and today's values back after it."""

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from distckpt.engine.state import here
+
 if TYPE_CHECKING:
     from distckpt.engine.options import ContextFn
     from distckpt.engine.region import Region
@@ -17,6 +19,17 @@ def _bound(context: Any, region: Region) -> Any:
     return context if bind is None else bind(region)
 
 
+@contextlib.contextmanager
+def _entering(region: Region) -> Iterator[None]:
+    """A selective context that the user's own context enters in here finds the region that it serves."""
+    before = here.entering
+    here.entering = region if region.options.strict else None
+    try:
+        yield
+    finally:
+        here.entering = before
+
+
 class Contexts:
     """Forward and recompute context of one region."""
 
@@ -26,12 +39,13 @@ class Contexts:
         self._log = region.log
         self._entered: contextlib.ExitStack | None = None
 
-    def enter_forward(self) -> None:
+    def enter_forward(self, region: Region) -> None:
         """Enter before the record."""
         with contextlib.ExitStack() as stack:
             if self._log is not None:
                 stack.enter_context(self._log.forward.recording())
-            stack.enter_context(self._forward)
+            with _entering(region):
+                stack.enter_context(self._forward)
             self._entered = stack.pop_all()
 
     def leave_forward(self, error: BaseException | None) -> bool:
@@ -45,11 +59,14 @@ class Contexts:
         return bool(stack.__exit__(type(error), error, error.__traceback__))
 
     @contextlib.contextmanager
-    def replaying(self) -> Iterator[None]:
+    def replaying(self, region: Region) -> Iterator[None]:
         """Around one replay."""
         with contextlib.ExitStack() as stack:
             if self._log is not None:
                 self._log.replay.entries.clear()
                 stack.enter_context(self._log.replay.recording())
-            stack.enter_context(self._replay)
+            # made again where it serves one `with` alone: there may be more replays
+            again = getattr(self._replay, "_recreate_cm", None)
+            with _entering(region):
+                stack.enter_context(self._replay if again is None else again())
             yield

@@ -46,7 +46,11 @@ def held(regions: Iterable[Region], known: AbstractSet[int] = frozenset()) -> in
     Inputs are left out for regions whose record lay in no other region; the inputs of an inner one are values of
     the outer one.
     """
-    regions = list(regions)
+    return sum(held_storages(regions, known).values())
+
+
+def held_storages(regions: Iterable[Region], known: AbstractSet[int] = frozenset()) -> dict[int, int]:
+    """The bytes that :func:`held` counts, by storage."""
     skip = set(known)
     found: dict[int, int] = {}
     for region in regions:
@@ -54,16 +58,22 @@ def held(regions: Iterable[Region], known: AbstractSet[int] = frozenset()) -> in
         if not values:
             continue
         if not region.inner:
-            skip |= keys(tensors(_inputs(region)))
+            skip |= input_keys(region)
         for value in values:
-            tensor = value.value if type(value) in (Doubtful, Outdated) else value
-            found.update(storages(tensor))
-    return sum(size for key, size in found.items() if key not in skip)
+            found.update(value_storages(value))
+    return {key: size for key, size in found.items() if key not in skip}
 
 
-def _inputs(region: Region) -> list[Any]:
-    return [
+def value_storages(value: Any) -> Iterator[tuple[int, int]]:
+    """Key and bytes of every storage of what a slot holds."""
+    return storages(value.value if type(value) in (Doubtful, Outdated) else value)
+
+
+def input_keys(region: Region) -> set[int]:
+    """The memory that a region owns as its inputs."""
+    inputs = [
         give_back(region.args, "args"),
         give_back(region.kwargs, "kwargs"),
         give_back(region.fn, "function"),
     ]
+    return keys(tensors(inputs))

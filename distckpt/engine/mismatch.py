@@ -3,8 +3,9 @@
 Note [Versions]
     A replay is exact, so a value that it saves has the version (number of in-place changes) that the forward saw;
     another one means that a parameter or a captured tensor was changed since, and the unpack refuses it, as plain
-    autograd does. Two kinds of tensor start from another version legitimately: an input that a hook or an outer
-    region restored, which has been checked on its own, and a buffer that the replay found rewound.
+    autograd does. Two kinds of tensor start from another version legitimately: an input, or what stands for a
+    parameter, that a hook or an outer region restored and that has been checked on its own; and a buffer that the
+    replay found rewound.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from distckpt._torch import without_dispatch_modes
 from distckpt.engine import errors
 from distckpt.engine.inputs import tensors
-from distckpt.engine.scripted import nodes, optimised
+from distckpt.engine.scripted import optimised, optimised_graphs
 
 if TYPE_CHECKING:
     from distckpt.engine.region import Region
@@ -58,6 +59,7 @@ class Mismatch:
     drawn: list[str] | None = None
     value_positions: list[int] | None = None
     script = False
+    restored: Any = None  # tensors that stand where parameters stand
 
     def compare(self, i: int, slot: Slot, x: torch.Tensor, now: tuple[Any, ...]) -> torch.Tensor:
         """Position ``i`` was saved with other metadata, or only with another version. Returns the value to keep."""
@@ -65,7 +67,7 @@ class Mismatch:
         if then[:3] != now[:3]:
             self.metas = [*(self.metas or ()), (i, then, now)]
             self.found = True
-        elif not self.region.options.strict or _alias(x, tensors(self.call)):
+        elif not self.region.options.strict or _alias(x, tensors((self.call, self.restored))):
             slot.meta = now
         elif self.region.buffers is not None and _alias(x, self.region.buffers.tensors()):
             with without_dispatch_modes():
@@ -91,8 +93,7 @@ class Mismatch:
 
     def made(self, out: Any) -> None:
         """In a thread that runs TorchScript: the replay ended with ``out``."""
-        found = nodes(out, tensors(self.call))
-        if found != self.region.nodes:
+        if optimised_graphs(out, tensors(self.call)) != self.region.scripted:
             self.script = True
             self.found = True
 

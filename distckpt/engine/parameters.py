@@ -26,9 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distckpt.engine.errors import ParameterRead
-from distckpt.engine.inputs import give_back, memory, own_tensor
+from distckpt.engine.inputs import check_marks, give_back, marks, memory, own_tensor
 from distckpt.engine.state import Frame, here
-from distckpt.engine.turns import Turn
 
 if TYPE_CHECKING:
     from distckpt.engine.buffers import Holders
@@ -39,13 +38,13 @@ _Place = tuple[dict[str, Any], str]
 _counted = attrgetter("_version")
 _storage = torch.Tensor.untyped_storage
 _ORDINARY = frozenset({Parameter})
-_MODULES = "parameters of modules"  # what replays that put some back take turns with
+MODULES = "parameters of modules"  # what replays that put some back take turns with
 
 
 class ModuleState:
     """What the modules and parameters that a call could reach were at the end of its record."""
 
-    __slots__ = ("dicts", "names", "objects", "parameters", "storages", "swapped", "versions")
+    __slots__ = ("dicts", "marks", "names", "objects", "parameters", "storages", "swapped", "versions")
 
     def __init__(
         self, dicts: list[dict[str, Any]], objects: list[Any], parameters: Sequence[torch.Tensor]
@@ -58,6 +57,7 @@ class ModuleState:
         self.storages = list(map(_ref, _memories(parameters)))
         # by place: owned tensors that stand where a parameter stands
         self.swapped: dict[int, Any] | None = None
+        self.marks: tuple[Any, ...] = ()  # of those, see check_marks
 
     def same(self) -> bool:
         """Whether all of it is there, unchanged."""
@@ -89,8 +89,13 @@ class ModuleState:
             before, now = self.objects[i], place[0][place[1]]
             if self.swapped is not None and i in self.swapped:
                 before = give_back(self.swapped[i], f"the parameter {place[1]!r}", memo)
+                found.restored.append(before)
             if now is not before and _is_sharded(now) == _is_sharded(before):
                 found.back.append((place, before))
+        for then in self.marks:
+            check_marks(then, found.restored)
+        if self.marks:  # as for a region's inputs
+            self.marks = (self.marks[0], marks(found.restored))
 
     def _name(self, parameter: torch.Tensor) -> str:
         for name, value in zip(self.names, self.objects, strict=True):
@@ -118,6 +123,7 @@ def hold(reached: Holders | None, loose: list[Parameter] | None) -> ModuleState:
         if swapped:
             owned = {id(t): own_tensor(t) for t in swapped.values()}
             state.swapped = {i: owned[id(t)] for i, t in swapped.items()}
+            state.marks = (marks(list(swapped.values())),)
             for i in swapped:
                 state.objects[i] = None  # it dies with the graph
     if here.replaying:
@@ -167,12 +173,12 @@ class Stale:
 
     def __init__(self) -> None:
         self.back: list[tuple[_Place, torch.Tensor]] = []
+        self.restored: list[torch.Tensor] = []  # of the record, from hooks or from autograd
         self.changed: dict[int, tuple[torch.Tensor, str, int, Any]] = {}
 
     @contextlib.contextmanager
     def around(self, region: Region) -> Iterator[None]:
         """Around the replay of ``region``."""
-        turn = Turn((_MODULES,)) if self.back else None
         found = [(d, k, d.get(k)) for (d, k), _ in self.back]
         try:
             for (d, k), tensor in self.back:
@@ -190,8 +196,6 @@ class Stale:
         finally:
             for d, k, tensor in found:
                 d[k] = tensor
-            if turn is not None:
-                turn.end()
 
     def _mark(self, region: Region, follow: _Follow) -> None:
         names = ", ".join(sorted({name for _, name, *_ in self.changed.values()}))

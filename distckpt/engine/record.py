@@ -120,7 +120,7 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
     else:
         r.fn = fn
         if hooks is not None and not is_engine_hook(hooks):
-            r.marks = inputs.marks(args)
+            r.marks = (inputs.marks(args),)
         r.args = [inputs.own_tensor(a) if isinstance(a, _Tensor) else a for a in args]
         if kwargs:
             r.kwargs = kwargs
@@ -191,7 +191,7 @@ def _own(
         scan.look(fn, args, kwargs)
     r.captured = closure.capture(fn, scan)
     if hooks is not None and not is_engine_hook(hooks):
-        r.marks = inputs.marks((fn, args, kwargs, scan.captured))
+        r.marks = (inputs.marks((fn, args, kwargs, scan.captured)),)
     r.repeats = scan.repeats
     reached = buffers.holders(fn if scan.modules or type(fn) is not FunctionType else None, args, kwargs)
     if reached is not None and reached.owners:
@@ -315,7 +315,7 @@ def close_region(r: Region, out: Any, call: tuple[Any, ...] | None = None) -> No
     elif r.traced is not None:
         r.traced.seal(r.pins)
     if call is not None and last_script() is not None:
-        _remember_nodes(r, out, call)
+        _count_scripted(r, out, call)
 
 
 def abort_region(r: Region, error: BaseException) -> None:
@@ -329,12 +329,12 @@ def abort_region(r: Region, error: BaseException) -> None:
         _leave_forward_context(r, error)
 
 
-def _remember_nodes(r: Region, out: Any, call: tuple[Any, ...]) -> None:
-    from distckpt.engine.scripted import nodes
+def _count_scripted(r: Region, out: Any, call: tuple[Any, ...]) -> None:
+    from distckpt.engine.scripted import optimised_graphs
 
     # What the call holds, not what the region owns of it: to unpack that would run hooks and an outer region's replay.
     captured = closure.held_tensors(r.captured) if r.captured is not None else []
-    r.nodes = nodes(out, tensors((*call, captured)))
+    r.scripted = optimised_graphs(out, tensors((*call, captured)))
     r.early_stop = False
 
 
@@ -395,7 +395,7 @@ def _enter_forward_context(r: Region) -> None:
     from distckpt.engine.contexts import Contexts
 
     r.replay_context = Contexts(make, r)
-    r.replay_context.enter_forward()
+    r.replay_context.enter_forward(r)
 
 
 def _leave_forward_context(r: Region, error: BaseException | None) -> None:

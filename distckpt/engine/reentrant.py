@@ -16,6 +16,7 @@ from torch.autograd import Function
 from distckpt._torch import (
     call_without_dynamo,
     dynamo_callback,
+    last_script,
     pop_saved_tensors_hooks,
     push_saved_tensors_hooks,
     reentrant_backward_allowed,
@@ -129,6 +130,8 @@ def _forward(fn: Any, args: tuple[Any, ...], options: Options) -> tuple[Region, 
         abort_region(region, error)
         raise
     close_region(region, out)
+    if last_script() is not None:
+        region.scripted = 0  # the replay, too, runs functions as they are written
     return region, tie, out
 
 

@@ -86,8 +86,9 @@ class Region:
         None  # inside a graph that is being traced: nothing is dropped here, nothing replayed
     )
     pauses_script = False  # while it is recorded: TorchScript optimises outside of it
-    nodes: Any = None  # in a thread that runs TorchScript: what autograd nodes the record made
-    marks: Any = None  # under the user's hooks: what the inputs were, since autograd then checks no versions
+    scripted: int | None = None  # in a thread that runs TorchScript: how many optimised graphs the record ran
+    # under the user's hooks: what the inputs were at the record and before the last replay; autograd checks no versions
+    marks: Any = None
 
     @opaque_to_dynamo
     def unpack(self, slot: Slot) -> Any:

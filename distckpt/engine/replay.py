@@ -33,13 +33,14 @@ from distckpt._torch import (
     set_grad_enabled,
     set_script_optimizes,
 )
-from distckpt.engine import ambient, closure, inputs, rng
+from distckpt.engine import ambient, closure, inputs, parameters, rng
 from distckpt.engine.doubt import doubt
 from distckpt.engine.errors import ReplayError
 from distckpt.engine.events import counters
 from distckpt.engine.inputs import Packed, check_marks, give_back, marks
 from distckpt.engine.mismatch import Mismatch
 from distckpt.engine.state import Frame, here
+from distckpt.engine.turns import Turn
 
 if TYPE_CHECKING:
     from distckpt.engine.region import Region
@@ -106,7 +107,7 @@ def replay(r: Region, run: Any = None) -> None:
     frame = Frame()
     frame.region, frame.outer = r, outer
     here.frame = frame  # already now: a user's unpack hook is no part of what runs around
-    pauses_script = r.nodes is not None and script_optimizes()
+    pauses_script = r.scripted is not None and script_optimizes()
     if pauses_script:
         set_script_optimizes(False)  # see Note [TorchScript] in scripted.py
     try:
@@ -149,27 +150,30 @@ def _replay(r: Region, run: Any) -> None:
         captured, renewed = closure.recall(r.captured, memo)
         if renewed is not None:
             fn, args, kwargs = renewed.call(fn), [renewed.value(a) for a in args], renewed.value(kwargs)
-    owned = started = None
     if r.marks is not None:
         owned = (fn, args, kwargs, captured) if r.options.strict else args
-        check_marks(r.marks, owned)
-        started = marks(owned)
+        for then in r.marks:
+            check_marks(then, owned)
+        # A function may write into what a hook hands out, and the next replay is handed the same.
+        r.marks = (r.marks[0], marks(owned))
     stale = None if r.parameters is None or r.parameters.same() else r.parameters.look()
     counters.replays += 1
     if r.tie is not None:
         fn, args, kwargs = r.tie.bind(fn, args, kwargs)
     mismatch = Mismatch()
     mismatch.region, mismatch.call = r, (fn, args, kwargs, captured)
+    if stale is not None:
+        mismatch.restored = stale.restored
     now = ambient.snapshot()
     draws = r.draws if r.closed else rng.so_far(r.rng_before, r.stash)
     generators: Any = r.idle_cpu
     rewound = (
         draws or r.idle is not None or (generators is not None and cpu_drawn_since(generators.fingerprint))
     )
-    if rewound:
-        generators = rng.Rewound(draws, generators, r.idle)
     if now == r.ambient and r.replay_context is None and r.buffers is None and stale is None:
         stopped: Any = False
+        if rewound:
+            generators = rng.Rewound(draws, generators, r.idle)
         try:
             stopped = run(r, fn, args, kwargs, generators, mismatch)
         finally:
@@ -180,6 +184,14 @@ def _replay(r: Region, run: Any) -> None:
                 ambient.put_back(now)
     else:
         with contextlib.ExitStack() as stack:
+            shared = () if r.buffers is None else r.buffers.places()
+            if stale is not None and stale.back:
+                shared = (*shared, parameters.MODULES)
+            if shared:
+                # with all that it moves at once: two replays must not wait for each other
+                stack.callback(Turn((*shared, *(draw.stream.name for draw in draws or ()))).end)
+            if rewound:
+                generators = rng.Rewound(draws, generators, r.idle)
             if generators is not None:
                 stack.callback(generators.give_back)
             if stale is not None:
@@ -191,11 +203,8 @@ def _replay(r: Region, run: Any) -> None:
             else:
                 stack.callback(ambient.put_back, now)
             if r.replay_context is not None:
-                stack.enter_context(r.replay_context.replaying())
+                stack.enter_context(r.replay_context.replaying(r))
             run(r, fn, args, kwargs, generators, mismatch)
-    if started is not None:
-        # What a user's hook handed out, the next replay is handed too: it must find it unwritten.
-        check_marks(started, owned)
     if mismatch.found:
         r.clear()
         mismatch.report()
@@ -293,7 +302,7 @@ def _run(
         suspects.clear()  # the recomputed graph holds `pack`, and with it this list
     if closed and generators is not None and not early_end and r.options.strict and not mismatch.found:
         mismatch.drew(generators.astray())
-    if r.nodes is not None and not early_end and not mismatch.found:
+    if r.scripted is not None and not early_end and not mismatch.found:
         mismatch.made(out)
     if r.verifier is not None and not stopped:
         r.verifier.compare(refs, r.buffers, mismatch)

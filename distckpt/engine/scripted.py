@@ -4,13 +4,13 @@ Note [TorchScript]
     TorchScript runs a function as it is written the first time, and an optimised graph of it later, which saves other
     tensors. A record and its replay must be the same, so both ask for the function as it is written. A graph that was
     optimised before stays in use: then both run that. What is left is a function that was optimised between record
-    and replay, by calls outside of regions. So in a thread that has run TorchScript a region remembers what autograd
-    nodes its record made, and its replay runs to its end and must make the same.
+    and replay, by calls outside of regions. An optimised graph is one autograd node. So in a thread that has run
+    TorchScript a region counts those that its record made, and its replay runs to its end and must make as many.
+    Other nodes are not compared: a pin or a name that ``compat`` reads live makes others in an exact replay.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,26 +20,22 @@ from distckpt.engine.errors import ScriptMismatch
 from distckpt.engine.inputs import tensors
 
 
-def nodes(out: Any, inputs: Iterable[torch.Tensor]) -> Counter[str]:
-    """Names of the autograd nodes between ``inputs`` and the tensors in ``out``, with how many there are of each.
-
-    Aliases left out: a tensor subclass makes them where ``__torch_function__`` is on, and in a backward it is off.
-    """
+def optimised_graphs(out: Any, inputs: Iterable[torch.Tensor]) -> int:
+    """How many optimised graphs TorchScript ran between ``inputs`` and the tensors in ``out``."""
     seen: set[Any] = {None, *(t.grad_fn for t in inputs)}
     waiting: list[Any] = [t.grad_fn for t in tensors(out)]
-    names: Counter[str] = Counter()
+    count = 0
     while waiting:
         node = waiting.pop()
         if node not in seen:
             seen.add(node)
-            if not node.name().startswith("AliasBackward"):
-                names[node.name()] += 1
+            count += node.name().endswith("DifferentiableGraphBackward")
             waiting += [below for below, _ in node.next_functions]
-    return names
+    return count
 
 
 def optimised(where: str) -> ScriptMismatch:
-    """The error for a replay that made other nodes than the record."""
+    """The error for a replay that ran other graphs than the record."""
     return ScriptMismatch(
         "TorchScript ran another graph in the replay of a region than in its forward",
         where=where,

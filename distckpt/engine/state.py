@@ -29,6 +29,7 @@ class _Thread(threading.local):
     replaying: int = 0
     last_cpu_state: Any = None  # an rng.CpuState: what the last region found or left
     settling: Region | None = None  # it is replayed a second time, as the engine itself needs it
+    entering: Region | None = None  # the user's contexts around its record or its replay are being entered
 
 
 here = _Thread()

@@ -1,11 +1,13 @@
-"""Turn: which replay may move a random generator now.
+"""Turn: which replay may move a random generator, or the buffers of a module, now.
 
 Note [Turns]
     A replay that draws rewinds generators that the whole process shares, and puts them back. Two at once would draw
     each other's numbers, so a replay takes a turn with every generator that it moves, and others wait for those. A
-    replay that moves none takes none. A turn belongs to a replay and not to its thread: a backward started inside it
-    may replay regions on other threads (autograd changes threads for other devices, and where gradients are nested
-    more than 60 deep), and they take their turns within that one. Autograd carries the turn there, in its thread state.
+    replay that moves none takes none. The same goes for modules whose buffers or parameters a replay exchanges. It asks
+    for all of it at once, so that two replays do not wait for each other. A turn belongs to a replay and not to its
+    thread: a backward started inside it may replay regions on other threads (autograd changes threads for other
+    devices, and where gradients are nested more than 60 deep), and they take their turns within that one. Autograd
+    carries the turn there, in its thread state.
 
     Who waits for a turn may hold the lock of a region. So who has a turn never waits for a region: when another thread
     is replaying that one, it replays it as well, and both compute the same values.
@@ -25,16 +27,16 @@ _KEY = "distckpt.turn"
 _changed = threading.Condition()
 
 owners: dict[str, Turn] = {}
-"""Whose turn it is, by the name of the generator; empty when no replay moves any."""
+"""Whose turn it is, by the name of the generator or module; empty when no replay moves any."""
 
 
 class Turn:
-    """One replay's turn with some generators."""
+    """One replay's turn with some generators and modules."""
 
     __slots__ = ("before", "outer", "over")
 
     def __init__(self, names: Iterable[str]) -> None:
-        """Wait until nobody else has a turn with one of these generators."""
+        """Wait until nobody else has a turn with one of these."""
         self.over = False
         self.outer = current()
         with _changed:

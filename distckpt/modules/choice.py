@@ -49,7 +49,7 @@ def choose(model: Module, choice: Choice | None = None) -> list[tuple[str, Modul
     return sorted(((name, module) for module, name in chosen.items()), key=lambda item: order[item[0]])
 
 
-def parts_of(choice: Choice) -> list[Any]:
+def parts_of(choice: One | Iterable[Any]) -> list[Any]:
     """A choice as the list of what was written, with lists of modules taken apart. Nothing is refused here."""
     if isinstance(choice, Module):
         return _members(choice)

@@ -4,8 +4,9 @@ Note [Changed outputs]
     A kept output must reach every replay unwritten. Its version counter tells, as it does for a saved tensor of
     autograd, but not every tensor over the same memory shares that counter: an unsafe view (every ``x @ w`` of three
     dimensions ends in one) and ``.data`` have their own. While the region is recorded every operator is seen, so
-    one that writes into kept memory marks what is kept there, whatever it writes through. After the record only
-    counters are left: that of the kept output, and those of the unsafe views that the record made of it.
+    one that writes into kept memory marks what is kept there, whatever it writes through. A replay does so as well
+    with what a user's hook handed out: that is a copy, which only replays write into. After the record only counters
+    are left: that of the kept output, and those of the unsafe views that the record made of it.
 """
 
 from __future__ import annotations
@@ -119,8 +120,17 @@ class Store:
         calls.kept[index] = entry
         self._fresh += kept_tensors(entry.out)
 
+    @property
+    def watches(self) -> bool:
+        """Whether there is memory that is not to be written into."""
+        return bool(self._fresh or self._places)
+
+    def handed(self, out: Any) -> None:
+        """A replay was given this, and later ones will be."""
+        self._fresh += [kept for kept in kept_tensors(out) if kept.unpack is not None]
+
     def written(self, found: list[torch.Tensor]) -> None:
-        """An operator of the record wrote into these tensors."""
+        """An operator of the record, or of a replay, wrote into these tensors."""
         for tensor in found:
             for kept in self._over(tensor):
                 kept.changed = True
@@ -148,12 +158,16 @@ class Store:
 
     def let_go(self, reached: int) -> None:
         """The record has ended: what it kept after that many saves is never asked for."""
-        self._fresh.clear()
-        self._places.clear()
+        self.forget()
         for calls in self.calls.values():
             late = [i for i, entry in calls.kept.items() if entry.at >= reached]
             for i in late:
                 del calls.kept[i]
+
+    def forget(self) -> None:
+        """Look no longer where operators write."""
+        self._fresh.clear()
+        self._places.clear()
 
 
 def parts(tensor: Any) -> Iterator[torch.Tensor]:

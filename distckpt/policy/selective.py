@@ -52,6 +52,7 @@ from distckpt._torch import (
     is_aot_tracing,
     keep_graph,
     original_selective_contexts,
+    top_dispatch_mode,
     top_saved_tensors_hooks,
     user_saved_tensors_hooks,
     wait_for_collective,
@@ -88,6 +89,8 @@ class _Selective:
     supports_higher_order_operators = True
     store: Store
     strict = False
+    _bound: Store | None = None
+    _stands_for: Any = None  # the mode that somebody entered instead
     _casts = False  # under autocast: casts are neither kept nor counted
 
     @classmethod
@@ -104,9 +107,34 @@ class _Selective:
             mine = copy.copy(self)
             TorchDispatchMode.__init__(mine)  # type: ignore[arg-type]
             mine.store = region.kept
+            mine._stands_for = self
+        mine._bound = region.kept
         mine.strict = region.options.strict
         mine._casts = mine.strict and region.ambient[8] is not None
         return mine
+
+    def __enter__(self) -> Any:
+        region = here.entering
+        mine = self
+        if region is not None and (region.kept is None or self._bound is not region.kept):
+            mine = self.bind_region(
+                region
+            )  # a context of the user's is around this one, so nobody has asked yet
+        mine.begin()
+        return TorchDispatchMode.__enter__(mine)  # type: ignore[arg-type]
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        mine = top_dispatch_mode()
+        if getattr(mine, "_stands_for", None) is not self:
+            mine = self
+        TorchDispatchMode.__exit__(mine, kind, error, trace)  # type: ignore[arg-type]
+        mine.end(kind is None)
+
+    def begin(self) -> None:
+        """It is about to be entered."""
+
+    def end(self, good: bool) -> None:
+        """It was left, without an exception if ``good``."""
 
     @property
     def region(self) -> Region | None:
@@ -153,15 +181,13 @@ class CachingMode(_Selective, OriginalCachingMode):
         mine.respect_saved_tensors_hooks = region.options.respect_saved_tensors_hooks
         return mine
 
-    def __enter__(self) -> Any:
+    def begin(self) -> None:
         self._recorded = self.region
         self._outer_hooks = user_saved_tensors_hooks(is_engine_hook)
-        return TorchDispatchMode.__enter__(self)  # type: ignore[arg-type]
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        TorchDispatchMode.__exit__(self, kind, error, trace)  # type: ignore[arg-type]
+    def end(self, good: bool) -> None:
         r, self._recorded, self._outer_hooks = self._recorded, None, None
-        if kind is not None:
+        if not good:
             return
         if self._error is not None:  # the function went on as if nothing had happened
             raise self._error
@@ -272,14 +298,15 @@ class CachedMode(_Selective, OriginalCachedMode):
         self.allow_cache_entry_mutation = allow_cache_entry_mutation
         self._last_use = False
 
-    def __enter__(self) -> Any:
+    def begin(self) -> None:
         for calls in self.store.calls.values():
             calls.seen = 0
         # Asked now: later in the replay the running backward may be that of a gradient taken inside.
         r = self.region
+        if r is not None and r.closed:
+            self.store.forget()
         ends = r is not None and r.closed and r.session is None
         self._last_use = ends and graph_task_id() != -1 and not keep_graph()
-        return TorchDispatchMode.__enter__(self)  # type: ignore[arg-type]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         calls = self.store.calls.get(func)
@@ -295,7 +322,10 @@ class CachedMode(_Selective, OriginalCachedMode):
             return self._unknown(func, index, args, kwargs or {})
         entry = calls.kept.get(index)
         if entry is None:
-            return func(*args, **kwargs) if kwargs else func(*args)
+            out = func(*args, **kwargs) if kwargs else func(*args)
+            if not calls.plain and self.store.watches:
+                self.store.written(calls.operator.written(args, kwargs or {}))
+            return out
         return self._given(calls, index, entry, func, args, kwargs or {})
 
     def _is_mine(self) -> bool:
@@ -332,11 +362,12 @@ class CachedMode(_Selective, OriginalCachedMode):
                 if strict
                 else RuntimeError(_CHANGED)
             )
-        if not again:
-            if strict:
-                del calls.kept[index]
-            else:
-                calls.kept[index] = _CONSUMED
+        if again:
+            self.store.handed(entry.out)
+        elif strict:
+            del calls.kept[index]
+        else:
+            calls.kept[index] = _CONSUMED
         for stream, state in entry.after or ():
             stream.set_state(state)
         return out

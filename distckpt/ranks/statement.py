@@ -147,8 +147,9 @@ def _modules(model: Any) -> list[torch.nn.Module]:
     parts = list(model.values()) if isinstance(model, Mapping) else [model]
     for part in parts:
         if not isinstance(part, torch.nn.Module):
+            shown = repr(part) if isinstance(part, (str, int)) else f"a {type(part).__name__}"
             raise BadOption(
-                f"check looks at a module or at a mapping of stages to modules, not at a {type(part).__name__}",
+                f"check looks at a module or at a mapping of stages to modules, not at {shown}",
                 fix="coord.check(model), or coord.check({0: first, 4: second}) for several stages on one rank",
             )
     return parts

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,14 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(script: str, *arguments: str, status: int = 0) -> str:
     """Run a benchmark script in a process of its own and return what it prints."""
     paths = [str(ROOT), str(ROOT / "backends"), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    command = [sys.executable, ROOT / "benchmarks" / script, *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = processes.run(command, limit=120, environment=environment)
     assert done.returncode == status, done.stderr
     return done.stdout
 
@@ -79,6 +75,11 @@ def test_partitioned_inputs_give_equal_gradients_at_half_the_bytes() -> None:
     assert printed.count("| 0.25 ") == 4
 
 
+def test_what_is_not_checked_is_measured() -> None:
+    printed = run("unseen.py", "--rounds", "1", "--widths", "64")
+    assert len(re.findall(r"\| \d+\.\d% *\|$", printed, re.M)) == 8
+
+
 def test_compose_reports_its_programs() -> None:
     printed = run("compose.py", "--engine", "compat", "--count", "10", "--no-write")
     assert "0 failures" in printed
@@ -123,6 +124,7 @@ def test_pipelines_that_sleep_replay_early() -> None:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
     early = {(row[0], row[1]): row[4] for row in rows if len(row) == 5}
     assert early["2 ranks, 4 micro-batches", "early"] == "8"
+    assert early["2 ranks, 4 micro-batches", "default"] == "4"
     assert early["2 ranks, 4 micro-batches", "after"] == "0"
 
 

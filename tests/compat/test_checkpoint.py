@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import warnings
 from typing import Any
 
 import pytest
@@ -247,6 +248,33 @@ def test_saved_tensor_hooks_around_a_selective_region_warn_until_somebody_choose
             ckpt(
                 lambda t: t.sin().exp(), leaf(), context_fn=make, respect_saved_tensors_hooks=choice
             ).sum().backward()
+
+
+@pytest.mark.skipif(
+    "respect_saved_tensors_hooks" not in inspect.signature(torchs.checkpoint).parameters,
+    reason="this torch passes the hooks by in silence, and nobody can choose",
+)
+@pytest.mark.parametrize("choice", [None, True, False])
+def test_what_torch_says_of_hooks_around_a_selective_region_compat_says_as_well(choice: bool | None) -> None:
+    """A warning up to 2.15; torch means to make it an error (pytorch#191236), and then this fails."""
+
+    def said(checkpoint: Any, contexts: Any) -> list[Any]:
+        make = functools.partial(contexts, [torch.ops.aten.sin.default])
+        options: dict[str, Any] = {} if choice is None else {"respect_saved_tensors_hooks": choice}
+        packed: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                try:
+                    checkpoint(
+                        lambda t: t.sin().exp(), leaf(), use_reentrant=False, context_fn=make, **options
+                    )
+                except Exception as error:
+                    return [type(error)]
+        return [warning.category for warning in caught] + [len(packed)]
+
+    theirs = said(torchs.checkpoint, torchs.create_selective_checkpoint_contexts)
+    assert said(compat.checkpoint, compat.create_selective_checkpoint_contexts) == theirs
 
 
 def test_a_context_that_swallows_the_functions_exception_is_an_error() -> None:

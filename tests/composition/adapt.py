@@ -20,19 +20,22 @@ def for_torch(program: p.Program) -> p.Program:
     # weights
     once = program.finish in ("backward", "inputs", "drop")
     body = _body(program.body, once and not autocast, in_selective=False)
-    if not once or any(isinstance(step, p.InnerGrad) for step, _ in p.walk(program.body)):
-        # a debug region can be replayed once
-        body = _without_debug(body)
+    if not once or p.uses(program.body, p.InnerGrad):
+        # a debug region can be replayed once, and each replay draws from a generator that is not stashed: torch's
+        # engine replays more often than ours
+        body = _replayed_often(body)
     return replace(program, body=body)
 
 
-def _without_debug(body: tuple[p.Step, ...]) -> tuple[p.Step, ...]:
+def _replayed_often(body: tuple[p.Step, ...]) -> tuple[p.Step, ...]:
     steps: list[p.Step] = []
     for step in body:
         if isinstance(step, p.Region):
             step = replace(step, options=replace(step.options, debug=False))
+        if isinstance(step, p.Draw) and step.op == "generator":
+            step = replace(step, op="noise")
         if isinstance(step, p.InnerGrad | p.Within | p.Region):
-            step = replace(step, body=_without_debug(step.body))
+            step = replace(step, body=_replayed_often(step.body))
         steps.append(step)
     return tuple(steps)
 
@@ -55,6 +58,8 @@ def _step(step: p.Step, selective: bool, in_selective: bool) -> p.Step:
         case p.InPlace(_, src, _) if in_selective:
             # a cached result must not change
             return p.Unary("halve", src)
+        case p.Unsafe(_, src, param) if in_selective:
+            return p.Linear(src, param)
         case p.InnerGrad(src) if in_selective:
             # a gradient taken inside uses up the one backward
             return p.Unary("sin", src)

@@ -23,8 +23,11 @@ UNARY = (
     "detach",
     "pin",
 )
-BINARY = ("add", "sub", "mul", "mm", "where")
-DRAWS = ("dropout", "dropout", "noise", "rrelu", "bernoulli")
+BINARY = ("add", "sub", "mul", "mm", "where", "same")
+DRAWS = ("dropout", "dropout", "noise", "rrelu", "bernoulli", "reseed", "fork", "put back")
+LIBRARY = ("gru", "script")
+UNSAFE = ("matmul", "view", "chunk", "split")
+CAUGHT = ("mm", "view", "index", "late")
 VIEWS = ("t", "view", "narrow", "expand", "chunk", "select", "flip")
 IN_PLACE = ("mul_", "add_", "relu_", "tanh_", "copy_", "dropout_", "row_")
 SELECTIVE = (
@@ -35,7 +38,8 @@ SELECTIVE = (
     "policy: alternate",
     "policy: prefer",
 )
-HOW = ("arg", "arg", "kwarg", "list", "partial", "box", "closure")
+HOW = ("arg", "arg", "kwarg", "list", "partial", "box", "closure", "cell", "global")
+FORMS = ("function", "module", "decorator", "apply", "loop", "functional")
 FINISH = (
     "backward",
     "backward",
@@ -46,6 +50,7 @@ FINISH = (
     "outputs one by one",
     "double backward",
     "session",
+    "threads",
     "drop",
 )
 HOOKS = ("hooks", "identity hooks", "fresh hooks")
@@ -53,12 +58,17 @@ HOOKS = ("hooks", "identity hooks", "fresh hooks")
 _index = st.integers(0, 7)
 
 
-def _leaf_steps(in_place: st.SearchStrategy[bool]) -> st.SearchStrategy[Any]:
+def _leaf_steps(in_place: st.SearchStrategy[bool], draws: tuple[str, ...]) -> st.SearchStrategy[Any]:
     return st.one_of(
         st.builds(p.Unary, st.sampled_from(UNARY), _index),
         st.builds(p.Binary, st.sampled_from(BINARY), _index, _index),
         st.builds(p.Linear, _index, st.integers(0, 1)),
-        st.builds(p.Draw, st.sampled_from(DRAWS), _index),
+        st.builds(p.Draw, st.sampled_from(draws), _index),
+        st.one_of(
+            st.builds(p.Library, st.sampled_from(LIBRARY), _index),
+            st.builds(p.Unsafe, st.sampled_from(UNSAFE), _index, st.integers(0, 1)),
+            st.builds(p.Caught, st.sampled_from(CAUGHT), _index),
+        ),
         st.builds(p.View, st.sampled_from(VIEWS), _index),
         st.builds(p.InPlace, st.sampled_from(IN_PLACE), _index, in_place),
         st.builds(p.Custom, _index, st.sampled_from((1, 2))),
@@ -68,8 +78,8 @@ def _leaf_steps(in_place: st.SearchStrategy[bool]) -> st.SearchStrategy[Any]:
 
 
 # the reentrant forward runs without a graph, where changing a value itself means something else than in its
-# replay
-_LEAF = {False: _leaf_steps(st.booleans()), True: _leaf_steps(st.just(True))}
+# replay; and its node takes no keyword, so it is handed no generator
+_LEAF = {False: _leaf_steps(st.booleans(), (*DRAWS, "generator")), True: _leaf_steps(st.just(True), DRAWS)}
 _CONTEXT = st.sampled_from(("autocast", "no autocast", "no_grad", *HOOKS))
 
 
@@ -117,10 +127,8 @@ def regions(draw: st.DrawFn, depth: int, reentrant: bool) -> p.Region:
     how = st.just("arg") if reentrant else st.sampled_from(HOW)
     inputs = tuple(draw(st.lists(st.tuples(_index, how), min_size=1, max_size=3)))
     output = draw(st.sampled_from(("tensor", "tuple") if reentrant else ("tensor", "tuple", "dict", "input")))
-    form = draw(
-        st.sampled_from(("function", "module") if reentrant else ("function", "module", "decorator", "apply"))
-    )
-    return p.Region(body, inputs, output, form, options)
+    form = draw(st.sampled_from(("function", "module") if reentrant else FORMS))
+    return p.Region(body, inputs, output, form, options, rebound=draw(st.booleans()))
 
 
 @st.composite

@@ -48,12 +48,24 @@ def _prefer(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
     return torch_checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def _as_written(fn: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.jit.optimized_execution(False):
+            return fn(*args, **kwargs)
+
+    return run
+
+
 @dataclass(frozen=True)
 class Engine:
-    """One way to run regions. ``module`` is None for plain autograd, which only calls the function."""
+    """One way to run regions. ``module`` is None for plain autograd, which only calls the function.
+
+    ``as_written``: in regions TorchScript runs functions as they are written, as it does in ours.
+    """
 
     name: str
     module: Any
+    as_written: bool = False
 
     @property
     def ours(self) -> bool:
@@ -73,6 +85,8 @@ class Engine:
         kwargs: dict[str, Any],
     ) -> Any:
         """Run ``fn(*args, **kwargs)`` as one region of this engine."""
+        if self.as_written:
+            fn = _as_written(fn)
         if self.module is None:
             return fn(*args, **kwargs)
         if options.reentrant:
@@ -116,6 +130,8 @@ class Engine:
 
 PLAIN = Engine("plain", None)
 TORCH = Engine("torch", torch_checkpoint)
+PLAIN_AS_WRITTEN = Engine("plain", None, as_written=True)
+TORCH_AS_WRITTEN = Engine("torch", torch_checkpoint, as_written=True)
 
 
 def engine(name: str) -> Engine:

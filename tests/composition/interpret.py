@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import ops
+from . import forms, ops
 from . import program as p
 from .engines import Engine
+from .forms import Tensors
 
 SHAPE = (4, 4)
 _HOOKS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -41,28 +43,6 @@ class Outcome:
         self.values.append((label, None if value is None else value.detach().clone()))
 
 
-@dataclass(frozen=True)
-class Box:
-    """A dataclass that carries tensors into a region."""
-
-    tensors: tuple[torch.Tensor, ...]
-    label: str
-
-
-class Body(nn.Module):
-    """A region's body in module form, holding the program's parameters and its own batch norm."""
-
-    def __init__(self, machine: Machine, run: Callable[..., Any]) -> None:
-        super().__init__()
-        self.weights = nn.ParameterList(machine.weights)
-        self.norm = machine.norm
-        self._run = run
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the body."""
-        return self._run(*args, **kwargs)
-
-
 class Machine:
     """The state of one run: leaves, parameters, the engine, and what was seen on the way."""
 
@@ -71,7 +51,8 @@ class Machine:
         self.engine = engine
         self.outcome = Outcome()
         self.hook_calls = 0
-        self.inner_grads = 0
+        self.counting = threading.Lock()
+        self.inside = threading.local()  # gradients taken inside: a replay may run on any thread
         self.fresh: dict[int, bool] = {}
         self.entered: list[tuple[torch.Tensor, int, bool]] = []
         dtype = torch.float64 if program.double else torch.float32
@@ -85,10 +66,22 @@ class Machine:
         self.biases = [nn.Parameter(leaf(SHAPE[0]).detach()) for _ in range(2)]
         self.norm = nn.BatchNorm1d(SHAPE[1], dtype=dtype)
         self.mix = leaf(*SHAPE, requires_grad=False)
+        self.generator = torch.Generator().manual_seed(program.seed + 17)
+        self.gru = self.script = None
+        if p.uses(program.body, p.Library, "gru"):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(program.seed)
+                self.gru = nn.GRU(*SHAPE, dtype=dtype)
+        if p.uses(program.body, p.Library, "script"):
+            self.script = torch.jit.CompilationUnit(
+                ops.SCRIPT
+            ).run  # compiled anew: its first calls are special
 
     def leaves(self) -> list[torch.Tensor]:
         """Every tensor that gradients are wanted for."""
-        return [x for x in (*self.inputs, *self.weights, *self.biases, self.norm.weight) if x.requires_grad]
+        recurrent = () if self.gru is None else self.gru.parameters()
+        every = (*self.inputs, *self.weights, *self.biases, self.norm.weight, *recurrent)
+        return [x for x in every if x.requires_grad]
 
     def forward(self) -> list[torch.Tensor]:
         """Run the program's body on its inputs and return all values."""
@@ -96,12 +89,18 @@ class Machine:
         self.steps(self.program.body, env)
         return env
 
-    def steps(self, body: tuple[p.Step, ...], env: list[torch.Tensor], norm: nn.Module | None = None) -> None:
-        """Run steps in order, appending to ``env``; ``norm`` is the batch norm to use."""
+    def steps(
+        self,
+        body: tuple[p.Step, ...],
+        env: list[torch.Tensor],
+        norm: nn.Module | None = None,
+        weights: Tensors | None = None,
+    ) -> None:
+        """Run steps in order, appending to ``env``; ``norm`` and ``weights`` are those of the module around."""
         for step in body:
-            self.step(step, env, norm or self.norm)
+            self.step(step, env, norm or self.norm, weights)
 
-    def step(self, step: p.Step, env: list[torch.Tensor], norm: nn.Module) -> None:
+    def step(self, step: p.Step, env: list[torch.Tensor], norm: nn.Module, weights: Tensors | None) -> None:
         """Run one step."""
 
         def at(index: int) -> torch.Tensor:
@@ -113,9 +112,18 @@ class Machine:
             case p.Binary(op, left, right):
                 env.append(ops.BINARY[op](at(left), at(right)))
             case p.Linear(src, param):
-                weight, bias = self.weights[param], self.biases[param]
+                weight, bias = (weights or self.weights)[param], self.biases[param]
                 x = at(src) if torch.is_autocast_enabled("cpu") else at(src).to(weight.dtype)
                 env.append(F.linear(x, weight, bias))
+            case p.Draw("generator", src):
+                x = at(src)
+                env.append(x * torch.rand(x.shape, generator=self.generator, dtype=x.dtype))
+            case p.Library(op, src):
+                env.append(self.library(op, at(src).to(self.mix.dtype)))
+            case p.Unsafe(op, src, param):
+                env.append(ops.unsafe(at(src).to(self.mix.dtype), op, (weights or self.weights)[param]))
+            case p.Caught(op, src):
+                env.append(ops.caught(at(src), op))
             case p.Draw(op, src):
                 env.append(ops.DRAW[op](at(src)))
             case p.View(op, src):
@@ -134,19 +142,33 @@ class Machine:
             case p.BatchNorm(src):
                 env.append(norm(at(src).to(self.mix.dtype)))
             case p.InnerGrad():
-                env.append(self.inner_grad(step, at(step.src)))
+                env.append(self.inner_grad(step, at(step.src), norm, weights))
             case p.Within(context, body):
                 with self.context(context):
-                    self.steps(body, env)
+                    self.steps(body, env, norm, weights)
             case p.Region():
-                self.region(step, env)
+                env += forms.call(self, step, env, weights)
+
+    def library(self, op: str, x: torch.Tensor) -> torch.Tensor:
+        """Run a recurrent module or a scripted function, without autocast: not all of them know it."""
+        with torch.autocast("cpu", enabled=False):
+            if op == "script":
+                return self.script(x)  # type: ignore[misc]
+            assert self.gru is not None
+            return self.gru(x)[0]
+
+    def note(self, inputs: dict[str, list[torch.Tensor]]) -> None:
+        """Remember what a region takes, by way, to tell later whether it was changed in place."""
+        if self.engine.module is None:
+            self.entered += [(x, x._version, way == "closure") for way, xs in inputs.items() for x in xs]
 
     def hooked(self, x: torch.Tensor) -> torch.Tensor:
         """Pass a value through a hook that halves its gradient and counts its calls."""
 
         def hook(grad: torch.Tensor) -> torch.Tensor:
             # a gradient taken inside a region is taken again by its replay, and its hooks run again with it
-            self.hook_calls += not self.inner_grads
+            with self.counting:
+                self.hook_calls += not getattr(self.inside, "depth", 0)
             return grad * 0.5
 
         out = x * 1.0
@@ -154,13 +176,15 @@ class Machine:
             out.register_hook(hook)
         return out
 
-    def inner_grad(self, step: p.InnerGrad, x: torch.Tensor) -> torch.Tensor:
+    def inner_grad(
+        self, step: p.InnerGrad, x: torch.Tensor, norm: nn.Module, weights: Tensors | None
+    ) -> torch.Tensor:
         """Return the gradient of the step's body at ``x``."""
         with torch.enable_grad():
             if step.leaf or not x.requires_grad:
                 x = x.detach().requires_grad_()
             env = [x]
-            self.steps(step.body, env)
+            self.steps(step.body, env, norm, weights)
             total = env[-1].float().sum()
             if not total.requires_grad:
                 return torch.zeros_like(x)
@@ -168,11 +192,11 @@ class Machine:
                 "retain_graph": step.retain_graph or step.create_graph,
                 "create_graph": step.create_graph,
             }
-            self.inner_grads += 1
+            self.inside.depth = getattr(self.inside, "depth", 0) + 1
             try:
                 (grad,) = torch.autograd.grad(total, x, allow_unused=True, **options)
             finally:
-                self.inner_grads -= 1
+                self.inside.depth -= 1
         return torch.zeros_like(x) if grad is None else grad
 
     def context(self, name: str) -> AbstractContextManager[Any]:
@@ -182,61 +206,6 @@ class Machine:
         if name in _HOOKS:
             return torch.autograd.graph.saved_tensors_hooks(*_HOOKS[name])
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=name == "autocast")
-
-    def region(self, step: p.Region, env: list[torch.Tensor]) -> None:
-        """Call a region and append the tensors that it gives back."""
-        by_way: dict[str, list[torch.Tensor]] = {}
-        for src, how in step.inputs:
-            by_way.setdefault(how, []).append(env[src % len(env)])
-        if self.engine.module is None:
-            self.entered += [(x, x._version, way == "closure") for way, xs in by_way.items() for x in xs]
-        closed = by_way.get("closure", [])
-        # closed over by name, because that is where a region looks for modules that its function may change
-        norm = self.norm
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            inner = [x for x in args if isinstance(x, torch.Tensor)]
-            inner += [x for key, x in kwargs.items() if key.startswith("tensor")]
-            for entry in args:
-                if isinstance(entry, list):
-                    inner += [part["x"] for part in entry]
-            inner += kwargs["box"].tensors if "box" in kwargs else ()
-            inner += closed
-            self.steps(step.body, inner, norm)
-            return self.pack(step.output, inner)
-
-        fn: Any = Body(self, run) if step.form in ("module", "apply") else run
-        if "partial" in by_way:
-            fn = partial(fn, *by_way["partial"])
-        args: tuple[Any, ...] = (*by_way.get("arg", ()), 3, "text", None)
-        if "list" in by_way:
-            args += ([{"x": x, "n": 1} for x in by_way["list"]],)
-        kwargs: dict[str, Any] = {f"tensor{i}": x for i, x in enumerate(by_way.get("kwarg", ()))}
-        if "box" in by_way:
-            kwargs["box"] = Box(tuple(by_way["box"]), "box")
-        if not step.options.reentrant:
-            kwargs["flag"] = True
-        env += self.unpack(self.engine.region(fn, step.form, step.options, args, kwargs))
-
-    @staticmethod
-    def pack(output: str, env: list[torch.Tensor]) -> Any:
-        """Give a region's results the structure it is meant to have."""
-        if output == "tensor":
-            return env[-1]
-        if output == "tuple":
-            return env[-1], env[-2 % len(env)]
-        if output == "input":
-            return env[0], env[-1]
-        return {"last": env[-1], "more": [env[len(env) // 2], None], "count": len(env)}
-
-    @staticmethod
-    def unpack(result: Any) -> list[torch.Tensor]:
-        """Take the tensors back out of a region's result."""
-        if isinstance(result, torch.Tensor):
-            return [result]
-        if isinstance(result, dict):
-            return [result["last"], result["more"][0]]
-        return list(result)
 
 
 def run(program: p.Program, engine: Engine) -> Outcome:
@@ -271,15 +240,33 @@ def _run(machine: Machine) -> None:
         loss = sum(((x * machine.mix).double().sum() for x in env[2:]), torch.zeros((), dtype=torch.float64))
         runs.append((env, loss))
     outcome.keep("draw between forward and backward", torch.rand(2))
-    for env, loss in runs if program.backward_in_order else reversed(runs):
-        if loss.requires_grad:
-            _finish(machine, env, loss)
+    runs = runs if program.backward_in_order else runs[::-1]
+    if program.finish in ("threads", "no threads"):
+        _each(machine, [loss for _, loss in runs if loss.requires_grad])
+    else:
+        for env, loss in runs:
+            if loss.requires_grad:
+                _finish(machine, env, loss)
     for i, x in enumerate(machine.leaves()):
         outcome.keep(f"grad of leaf {i}", x.grad)
     outcome.keep("batches seen by batch norm", machine.norm.num_batches_tracked)
     outcome.keep("running mean", machine.norm.running_mean)
     outcome.keep("calls of gradient hooks", torch.tensor(machine.hook_calls))
     outcome.keep("final generator state", torch.get_rng_state())
+    outcome.keep("final state of the program's generator", machine.generator.get_state())
+
+
+def _each(machine: Machine, losses: list[torch.Tensor]) -> None:
+    """Each backward on a thread of its own, all at once, or here in turn; no gradient is added to another's."""
+
+    def grads(loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return torch.autograd.grad(loss, machine.leaves(), allow_unused=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(grads, losses) if machine.program.finish == "threads" else map(grads, losses)
+        for i, some in enumerate(found):
+            for j, x in enumerate(some):
+                machine.outcome.keep(f"grad {j} of backward {i}", x)
 
 
 def _finish(machine: Machine, env: list[torch.Tensor], loss: torch.Tensor) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from . import program as p
 from .adapt import for_torch, without_hooks
 from .draw import HOOKS
-from .engines import PLAIN, TORCH, Engine
+from .engines import PLAIN, PLAIN_AS_WRITTEN, TORCH, TORCH_AS_WRITTEN, Engine
 from .interpret import Outcome, run
+
+SIMPLE = "to TorchScript's simple executor, which rounds otherwise than its optimizer"
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,19 @@ def _has(program: p.Program, context: str) -> bool:
 
 
 def _keeps_and_changes(program: p.Program) -> bool:
-    """Say whether there are selective regions and in-place ops, which may hit a result that was to be kept."""
+    """Say whether there are in-place ops, which may hit a result that was pinned or that a selective region keeps."""
     steps = [step for step, _ in p.walk(program.body)]
     selective = any(isinstance(step, p.Region) and step.options.selective for step in steps)
-    return selective and any(isinstance(step, p.InPlace) for step in steps)
+    pins = any(isinstance(step, p.Unary) and step.op == "pin" for step in steps)
+    return (selective or pins) and any(isinstance(step, p.InPlace | p.Unsafe | p.Library) for step in steps)
+
+
+def _scripts_outside(program: p.Program) -> bool:
+    """Say whether a scripted function is called outside of regions as well, where TorchScript optimises it."""
+    return any(
+        isinstance(step, p.Library) and step.op == "script" and not around
+        for step, around in p.walk(program.body)
+    )
 
 
 def judge(program: p.Program, engine: Engine) -> Verdict:
@@ -90,35 +101,94 @@ def judge(program: p.Program, engine: Engine) -> Verdict:
         expected = run(without_hooks(program, *HOOKS) if _has(program, "identity hooks") else program, PLAIN)
         if expected.error is not None:
             return Verdict("no reference", f"{type(expected.error).__name__}: {expected.error}"[:160])
+        if not engine.ours:
+            return _judge_beside_torch(program, engine, expected)
         if expected.changed == "closure":
             return Verdict("left out", "a value that a region closes over is changed in place")
-        if expected.changed == "owned" and not engine.ours:
-            return Verdict("left out", "a region's input is changed in place")
         got = run(program, engine)
         if any(step.options.reentrant for step, _ in p.walk(program.body) if isinstance(step, p.Region)):
             return _judge_reentrant(program, expected, got)
+        return _judge_ours(program, engine, expected, got)
+
+
+def _judge_ours(program: p.Program, engine: Engine, expected: Outcome, got: Outcome) -> Verdict:
     if got.error is not None:
         told = "mutated" in str(got.error) or "changed in place" in str(got.error)
         if expected.changed == "owned" or (told and _keeps_and_changes(program)):
             return Verdict("refused", f"{type(got.error).__name__}")
+        if "DC128" in str(got.error) and _scripts_outside(program):
+            return Verdict("refused", "TorchScript optimised a function between record and replay")
         if run(without_hooks(program, *HOOKS), PLAIN).error is not None:
             # a user's hooks that copy make a change in place legal, but a region's tensors do not pass them
             return Verdict("refused", f"{type(got.error).__name__}, legal with copying hooks only")
         raise Disagreement(f"plain autograd runs, {engine.name} raises: {got.error!r}") from got.error
     found = difference(expected, got)
-    if found is not None:
-        hookless = run(without_hooks(program, *HOOKS), PLAIN)
-        if difference(expected, hookless) is not None and difference(expected, got, exact=False) is None:
-            return Verdict("no reference", "copies that hooks make have other strides, and round otherwise")
-        raise Disagreement(f"{engine.name}: {found}")
-    return Verdict("equal")
+    if found is None:
+        return Verdict("equal")
+    if _equals_simple_executor(program, got):
+        return Verdict("equal", SIMPLE)
+    hookless = run(without_hooks(program, *HOOKS), PLAIN)
+    if difference(expected, hookless) is not None and difference(expected, got, exact=False) is None:
+        return Verdict("no reference", "copies that hooks make have other strides, and round otherwise")
+    raise Disagreement(f"{engine.name}: {found}")
+
+
+def _equals_simple_executor(program: p.Program, got: Outcome) -> bool:
+    if not p.uses(program.body, p.Library, "script"):
+        return False
+    return difference(run(program, PLAIN_AS_WRITTEN), got) is None
+
+
+def _judge_beside_torch(program: p.Program, engine: Engine, expected: Outcome) -> Verdict:
+    """Judge torch's surface: equal to plain autograd wherever torch's engine is, elsewhere as torch's or an error."""
+    got = _beside(program) if engine == TORCH else run(program, engine)
+    found = f"raises {got.error!r}" if got.error is not None else difference(expected, got)
+    if found is None:
+        return Verdict("equal")
+    if got.error is None and _equals_simple_executor(program, got):
+        return Verdict("equal", SIMPLE)
+    theirs = _beside(program)
+    if "DC114" in found and _keeps_and_changes(program):
+        return Verdict("refused", "a pinned value was changed in place")
+    if "DC128" in found and _scripts_outside(program):
+        return Verdict("refused", "TorchScript optimised a function between record and replay")
+    if theirs.error is None and difference(expected, theirs) is None:
+        raise Disagreement(
+            f"torch's engine equals plain autograd, {engine.name} does not: {found}"
+        ) from got.error
+    if got.error is not None:
+        return Verdict(
+            "refused", f"{type(got.error).__name__}, torch's is {'wrong' if theirs.error is None else 'too'}"
+        )
+    if theirs.error is not None:
+        raise Disagreement(
+            f"torch's engine raises {theirs.error!r}, {engine.name}: {found}"
+        ) from theirs.error
+    apart = difference(theirs, got)
+    if apart is not None:
+        raise Disagreement(f"torch's engine differs from plain autograd, {engine.name} from both: {apart}")
+    return Verdict("equal", "to torch's engine, which is not to plain autograd")
+
+
+def _beside(program: p.Program) -> Outcome:
+    if program.finish == "threads":
+        # torch's replays on two threads draw each other's numbers
+        program = replace(program, finish="no threads")
+    if not p.uses(program.body, p.Library, "script"):
+        return run(program, TORCH)
+    # A scripted function turns the exception that ends torch's replay early into an error, and torch's replay runs
+    # another graph than its forward.
+    with TORCH.module.set_checkpoint_early_stop(False):
+        return run(program, TORCH_AS_WRITTEN)
 
 
 def _judge_reentrant(program: p.Program, expected: Outcome, got: Outcome) -> Verdict:
     """Judge the reentrant mode, which adds up gradients in an order of its own, also in torch."""
     if got.error is None and difference(expected, got) is None:
         return Verdict("equal")
-    theirs = run(program, TORCH)
+    if got.error is None and _equals_simple_executor(program, got):
+        return Verdict("equal", SIMPLE)
+    theirs = _beside(program)
     if theirs.error is not None:
         return Verdict("no reference", f"torch's reentrant engine raises {theirs.error}"[:160])
     if got.error is not None:

@@ -43,14 +43,75 @@ BINARY: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "mul": lambda a, b: a * b.tanh(),
     "mm": lambda a, b: a.tanh() @ b.tanh().to(a.dtype),
     "where": lambda a, b: torch.where(a > b, a, b),
+    # another path for one tensor given twice, as attention layers take
+    "same": lambda a, b: (a * 0.75).sin() if a is b else a.cos() + b.tanh(),
 }
 
+
+def _reseed(x: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(5)
+    return (x * torch.rand_like(x)).sin()
+
+
+def _fork(x: torch.Tensor) -> torch.Tensor:
+    with torch.random.fork_rng(devices=[]):
+        return (x * torch.rand_like(x)).sin()
+
+
+def _put_back(x: torch.Tensor) -> torch.Tensor:
+    state = torch.get_rng_state()
+    x = (x * torch.rand_like(x)).sin() + torch.rand_like(x)
+    torch.set_rng_state(state)
+    return x
+
+
 DRAW: dict[str, Op] = {
+    "reseed": _reseed,
+    "fork": _fork,
+    "put back": _put_back,
     "dropout": lambda x: F.dropout(x, 0.5),
     "noise": lambda x: x + torch.rand_like(x),
     "rrelu": lambda x: F.rrelu(x, 0.1, 0.4, training=True),
     "bernoulli": lambda x: x * torch.bernoulli(x.detach().float().sigmoid()).to(x.dtype),
 }
+
+SCRIPT = """
+def run(x):
+    y = x.sin() * x.sigmoid()
+    return y.tanh() * x
+"""
+
+
+def _unsafe_of(x: torch.Tensor, op: str, weight: torch.Tensor) -> torch.Tensor:
+    if op == "matmul":
+        return x.expand(2, 4, 4) @ weight  # a product of matrices, then an unsafe view of it
+    x = x.mm(weight)
+    if op == "view":
+        return torch.ops.aten._unsafe_view.default(x, [2, 8])
+    return (torch.unsafe_chunk(x, 2) if op == "chunk" else torch.unsafe_split(x, 2))[0]
+
+
+def unsafe(x: torch.Tensor, op: str, weight: torch.Tensor) -> torch.Tensor:
+    """Use a product through an unsafe view, then change it in place; autograd saves nothing that changes."""
+    y = _unsafe_of(x.tanh(), op, weight)
+    used = (y * 2.0).sin().sum()
+    y.add_(1.0)
+    return x * used + y.sum()
+
+
+def caught(x: torch.Tensor, op: str) -> torch.Tensor:
+    """Try something that fails, and go on without it."""
+    try:
+        if op == "mm":
+            return torch.mm(x, x[:3])
+        if op == "view":
+            return x.view(3, 5)
+        if op == "index":
+            return x[9]
+        return x.sin().mm(x.cos()).mm(x[:2])
+    except (RuntimeError, IndexError):
+        return x.cos()
+
 
 VIEW: dict[str, Op] = {
     "t": lambda x: x.t(),

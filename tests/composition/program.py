@@ -37,7 +37,32 @@ class Linear:
 
 @dataclass(frozen=True)
 class Draw:
-    """An op that draws random numbers from the CPU's default generator."""
+    """An op that draws random numbers: from the CPU's generator, also seeded or put back, or from one of its own."""
+
+    op: str
+    src: int
+
+
+@dataclass(frozen=True)
+class Library:
+    """A recurrent module, or code that TorchScript compiled and sees for the first time in this program."""
+
+    op: str
+    src: int
+
+
+@dataclass(frozen=True)
+class Unsafe:
+    """A result changed in place through a view that autograd does not know to be one; parameter ``param``."""
+
+    op: str
+    src: int
+    param: int
+
+
+@dataclass(frozen=True)
+class Caught:
+    """An op that raises, after some that do not, in a body that catches the error and goes on."""
 
     op: str
     src: int
@@ -124,9 +149,11 @@ class Options:
 class Region:
     """One checkpointed call.
 
-    ``inputs`` pairs a value with the way it is passed: arg, kwarg, list, partial, box (a dataclass) or
-    closure. ``form`` is function, module, decorator or apply; ``output`` is tensor, tuple, dict or input
-    (an input is among the outputs).
+    ``inputs`` pairs a value with the way it is passed: arg, kwarg, list, partial, box (a dataclass), closure (a list
+    that the function closes over), cell or global (a name that it reads). ``rebound`` gives those names another value
+    right after the call. ``form`` is function, module, decorator, apply, loop (two lambdas over a loop's variables,
+    the second on the result of the first) or functional (its parameters are swapped by ``functional_call`` around
+    it); ``output`` is tensor, tuple, dict or input (an input is among the outputs).
     """
 
     body: tuple[Step, ...]
@@ -134,6 +161,7 @@ class Region:
     output: str
     form: str
     options: Options
+    rebound: bool = False
 
 
 Step = (
@@ -141,6 +169,9 @@ Step = (
     | Binary
     | Linear
     | Draw
+    | Library
+    | Unsafe
+    | Caught
     | View
     | InPlace
     | Custom
@@ -178,6 +209,11 @@ def walk(
             yield from walk(step.body, regions)
 
 
+def uses(body: tuple[Step, ...], kind: type, *ops: str) -> bool:
+    """Say whether a body has a step of a kind, or one of its ``ops``, anywhere."""
+    return any(isinstance(step, kind) and (not ops or step.op in ops) for step, _ in walk(body))
+
+
 def draws_random(body: tuple[Step, ...]) -> bool:
     """Say whether a body draws random numbers anywhere."""
     return any(
@@ -213,6 +249,8 @@ def _step_features(step: Step) -> set[str]:
         return {f"draw in region: {step.op}", "random draw in region"}
     if isinstance(step, InPlace):
         return {"in-place in region", f"in-place in region: {'copy' if step.fresh else 'value'}"}
+    if isinstance(step, Library | Unsafe | Caught):
+        return {f"{type(step).__name__.lower()} in region: {step.op}"}
     if isinstance(step, Custom):
         return {f"saved tensors read {'once' if step.reads == 1 else 'twice'} in region"}
     if isinstance(step, InnerGrad):
@@ -230,6 +268,13 @@ def _region_features(step: Region, regions: tuple[Region, ...]) -> set[str]:
     found = {"region", f"form: {step.form}", f"output: {step.output}", f"check: {options.determinism}"}
     found |= {f"input by {how}" for _, how in step.inputs}
     found |= {f"nested, depth {len(regions) + 1}"} if regions else set()
+    ways = [how for _, how in step.inputs]
+    found |= (
+        {"names rebound after region"}
+        if step.rebound and {"cell", "global", "closure"} & set(ways)
+        else set()
+    )
+    found |= {"one value passed twice"} if len({src for src, _ in step.inputs}) < len(ways) else set()
     found.add(f"early stop {'on' if options.early_stop else 'off'}")
     found |= {f"selective: {options.selective}"} if options.selective else set()
     found |= {"reentrant"} if options.reentrant else {"non-reentrant"}

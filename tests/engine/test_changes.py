@@ -3,6 +3,7 @@ read the new value."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from torch import nn
 
 import distckpt as dc
+from distckpt import compat
 from distckpt.engine.errors import InputChanged, ParameterChanged, ReplayError
 
-from .exact import Region, exact, leaf
+from .exact import Region, exact, leaf, plain, same_bits
 
 
 def test_an_optimizer_step_between_forward_and_backward_is_refused() -> None:
@@ -63,6 +65,24 @@ def test_an_input_restored_by_outer_hooks_may_come_back_with_another_version(pla
         return out, w.grad
 
     exact(program)
+
+
+@pytest.mark.parametrize(
+    "surface", [dc.checkpoint, functools.partial(compat.checkpoint, use_reentrant=False)]
+)
+def test_an_input_that_hooks_copied_and_the_function_writes_into_is_exact_in_one_replay(surface: Any) -> None:
+    def program(region: Region, backwards: int = 1) -> Any:
+        x, y = leaf(4), torch.ones(4)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+            out = region(lambda a, b: (b.mul_(0.5) * a).sin(), x, y)
+        for i in range(backwards):
+            out.sum().backward(retain_graph=i + 1 < backwards)
+        return out, x.grad
+
+    want, found = program(plain), program(surface)
+    assert all(map(same_bits, want, found))
+    with pytest.raises(InputChanged):  # the second replay is handed the copy that the first wrote into
+        program(surface, backwards=2)
 
 
 def test_an_in_place_change_of_a_parameter_that_is_an_input_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -162,6 +163,13 @@ def test_functional_call_around_a_region_is_exact(again: bool, nested: bool) -> 
     assert all(map(torch.equal, expected, _functional(twice if nested else dc.checkpoint, again)))
 
 
+@pytest.mark.parametrize("unpack", [lambda t: t, lambda t: torch.empty_like(t).copy_(t)])
+def test_functional_call_under_hooks_that_copy_is_exact(unpack: Any) -> None:
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), unpack):
+        expected = _functional(plainly, again=False)
+        assert all(map(torch.equal, expected, _functional(dc.checkpoint, again=False)))
+
+
 def test_functional_call_with_parameters_of_another_module_is_exact() -> None:
     grads = []
     for region in (plainly, dc.checkpoint):
@@ -172,9 +180,14 @@ def test_functional_call_with_parameters_of_another_module_is_exact() -> None:
     assert all(map(torch.equal, *grads))
 
 
-def test_a_swapped_tensor_changed_in_place_before_the_replay_is_refused_and_the_module_is_as_it_was() -> None:
+@pytest.mark.parametrize("hooks", [False, True])
+def test_a_swapped_tensor_changed_in_place_before_the_replay_is_refused_and_the_module_is_as_it_was(
+    hooks: bool,
+) -> None:
     block, x, w = Block(dc.checkpoint), leaf(2, 4), torch.ones(4, 4)
-    out = functional_call(block, {"inner.weight": w}, (x,))
+    around = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with around if hooks else contextlib.nullcontext():
+        out = functional_call(block, {"inner.weight": w}, (x,))
     w.add_(1.0)
     own = block.inner.weight
     with pytest.raises(ReplayError):

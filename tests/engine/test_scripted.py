@@ -115,6 +115,21 @@ def test_torchscript_in_a_region_is_exact_from_the_first_call_on(kind: str, plac
     assert torch._C._get_graph_executor_optimize()
 
 
+def test_torchscript_in_a_reentrant_region_is_as_it_is_written_in_every_replay() -> None:
+    scripted, unscripted = function()
+
+    def program(region: Region, fn: Any) -> Any:
+        x = leaf(6, 6)
+        out = region(fn, x)
+        for _ in range(3):
+            out.sum().backward(retain_graph=True)
+        return out, x.grad
+
+    want = program(plain, unscripted)
+    found = program(functools.partial(dc.checkpoint, use_reentrant=True), scripted)
+    assert all(map(same_bits, want, found))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_torchscript_that_was_optimised_before_is_exact(kind: str) -> None:
     scripted, _ = KINDS[kind]()
@@ -227,3 +242,16 @@ def test_a_region_over_a_tensor_subclass_replays_where_torchscript_ran() -> None
         return x.grad
 
     assert torch.equal(run(dc.checkpoint), run(plain))
+
+
+def test_a_region_with_a_pin_replays_where_torchscript_ran() -> None:
+    script = torch.jit.script(eager)
+
+    def program(region: Region) -> Any:
+        x, w = leaf(6, 6), leaf(6, 6, seed=7)
+        script(x, w)
+        out = region(lambda t: dc.pin(t.sin()).exp() * t, x)
+        out.sum().backward()
+        return out, x.grad
+
+    together(lambda: exact(program))

@@ -197,6 +197,44 @@ def test_replays_that_draw_from_one_generator_on_two_threads_take_turns(shared: 
     assert all(event.is_set() for event in inside)
 
 
+def test_replays_that_rewind_the_buffers_of_one_module_on_two_threads_take_turns() -> None:
+    """The second replay comes while the first has the buffers rewound, and lets it put them back."""
+    inside = [threading.Event(), threading.Event()]
+    first_is_done = threading.Event()
+
+    def program(region: Region, both: Callable[..., Any]) -> list[Any]:
+        norm = torch.nn.BatchNorm1d(4)
+
+        def fn(me: int, t: torch.Tensor) -> torch.Tensor:
+            t = norm(t.sin())
+            if dc.is_recomputing():
+                inside[me].set()
+                (first_is_done if me else inside[1]).wait(0.5)
+            return t.sin()
+
+        xs = [leaf(8, 4, seed=i) for i in range(2)]
+        outs = [region(functools.partial(fn, i), x).sum() for i, x in enumerate(xs)]
+        grads = [functools.partial(torch.autograd.grad, o, x) for o, x in zip(outs, xs, strict=True)]
+        return [*(g for (g,) in both(*grads)), *norm.buffers()]
+
+    def interleaved(first: Callable[[], Any], second: Callable[[], Any]) -> list[Any]:
+        def run_first() -> Any:
+            try:
+                return first()
+            finally:
+                first_is_done.set()
+
+        def run_second() -> Any:
+            assert inside[0].wait(20)
+            return second()
+
+        return together(run_first, run_second)
+
+    want = program(plain, lambda *jobs: [job() for job in jobs])
+    assert all(map(same_bits, want, program(dc.checkpoint, interleaved)))
+    assert all(event.is_set() for event in inside)
+
+
 def test_replays_that_draw_from_different_generators_do_not_wait_for_each_other() -> None:
     """A rank per thread, each with its generator, may wait for the others in the middle of a region."""
     meeting = threading.Barrier(2)

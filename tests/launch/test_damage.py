@@ -21,7 +21,7 @@ from launch.folder import NOTE, Damaged, read_note
 from launch.options import Options
 from launch.parallel import joined
 from launch.report import Report
-from tests.launch.job import cells, torchrun
+from tests.launch.job import cells, forked
 
 # torch 2.9's own torch.distributed.checkpoint says this when it writes.
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
@@ -229,14 +229,14 @@ def test_a_checkpoint_that_cannot_be_written_is_one_coded_line_and_is_not_there(
 
 def test_two_ranks_choose_the_same_step_when_one_of_them_sees_the_damage(tmp_path: Path) -> None:
     where = tmp_path / "run"
-    whole = torchrun("--steps", 4, "--save", where, "--save-every", 1)
+    whole = forked("--steps", 4, "--save", where, "--save-every", 1)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     names = sorted(read_note(where / "step-000004").files)
     flip(where / "step-000004" / names[1])  # the second rank's share of the files
     flip(where / "step-000003" / names[0])  # the first's
-    done = torchrun("--steps", 4, "--resume", where, "--save", where)
+    done = forked("--steps", 4, "--resume", where, "--save", where)
     assert done.returncode == 0, done.stdout + done.stderr
-    said = [line for line in done.stderr.splitlines() if line.startswith("launch/train.py: ")]
+    said = [line for line in done.stdout.splitlines() if line.startswith("launch/train.py: ")]
     assert [line.split("damaged: ")[1] for line in said] == [
         f"{where}/step-000004/{names[1]} is not what was saved",
         f"{where}/step-000003/{names[0]} is not what was saved",

@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from launch.folder import number, steps
-from tests.launch.job import SMALL, cells, needs_cli, torchrun
+from tests.launch.job import SMALL, cells, forked, needs_cli
 from tests.processes import Limit, Process, end, started
 
 pytestmark = needs_cli
@@ -72,7 +72,7 @@ def test_a_run_that_lost_a_machine_and_its_newest_checkpoint_goes_on_and_ends_wi
     resumed = [log for log in said if "resumed " in log]
     assert len(resumed) == 1, "\n".join(said)
     assert f"resumed {run}/step-{number(newest) - 10:06d} " in resumed[0]
-    whole = torchrun("--steps", STEPS)
+    whole = forked("--steps", STEPS)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     for row in ("last loss", "last gradients", "last parameters"):
         assert cells(resumed[0], row) == cells(whole.stdout, row)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.job import SMALL, cells, needs_cli, torchrun
+from tests.launch.job import SMALL, cells, forked, needs_cli
 from tests.processes import ROOT, run
 
 SCRIPTS = ["train.sh", "multinode.sh", "slurm.sbatch", "tpu_pod.sh"]
@@ -241,7 +241,7 @@ def test_train_runs_two_ranks_and_shows_one(tmp_path: Path) -> None:
     assert shown
     assert all(line.startswith("[rank0]:") for line in shown)
     assert len(list(tmp_path.rglob("stdout.log"))) == 2
-    plain = torchrun("--steps", 3)
+    plain = forked("--steps", 3)
     text = "\n".join(line.removeprefix("[rank0]:") for line in shown)
     for row in ("last loss", "last parameters"):
         assert cells(text, row) == cells(plain.stdout, row)

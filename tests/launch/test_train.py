@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.job import cells, torchrun
+from tests.launch.job import cells, forked, torchrun
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tyro") is None, reason="launch/ needs the cli extra: pip install -e '.[cli]'"
@@ -35,7 +35,8 @@ def test_the_three_ways_are_equal_to_the_bit(
 ) -> None:
     ranks = 4 if "pp+fsdp" in arguments else 2
     size = ["--layers", 4, "--context", 64, "--batch", 4]
-    done = torchrun("--compare", "--steps", 3, *size, *shlex.split(arguments), ranks=ranks)
+    start = torchrun if arguments == "--parallel fsdp" else forked
+    done = start("--compare", "--steps", 3, *size, *shlex.split(arguments), ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "equal to the bit: losses, gradients and parameters of all three" in done.stdout
     for row in ("losses, all steps and ranks", "last gradients", "last parameters"):
@@ -50,7 +51,7 @@ def test_the_three_ways_are_equal_to_the_bit(
 
 
 def test_tensor_parallel_ranks_drop_heads_of_their_own_and_only_our_replays_drop_the_same() -> None:
-    done = torchrun("--compare", "--steps", 2, "--parallel", "tp")
+    done = forked("--compare", "--steps", 2, "--parallel", "tp")
     assert done.returncode == 0, done.stdout + done.stderr
     none, torch_, ours = cells(done.stdout, "last gradients")
     assert ours == f"{none} ="
@@ -64,9 +65,9 @@ def test_tensor_parallel_ranks_drop_heads_of_their_own_and_only_our_replays_drop
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(arguments: str, tmp_path: Path) -> None:
     same = [*arguments.split(), "--layers", 4, "--batch", 4]
-    whole = torchrun("--steps", 4, "--save", tmp_path, "--save-every", 2, *same)
+    whole = forked("--steps", 4, "--save", tmp_path, "--save-every", 2, *same)
     assert whole.returncode == 0, whole.stdout + whole.stderr
-    resumed = torchrun("--steps", 4, "--resume", tmp_path / "step-000002", *same)
+    resumed = forked("--steps", 4, "--resume", tmp_path / "step-000002", *same)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert cells(resumed.stdout, "steps") == ["3 to 4"]
     for row in ("last loss", "last gradients", "last parameters"):

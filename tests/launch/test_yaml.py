@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch.job import ROOT, SMALL, cells, needs_cli, torchrun
+from tests.launch.job import ROOT, SMALL, cells, forked, needs_cli
 
 LAUNCH = ROOT / "launch"
 
@@ -83,7 +83,7 @@ def test_accelerate_launch_runs_two_ranks_with_the_same_bits() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 ranks" in done.stdout
-    plain = torchrun("--steps", 3)
+    plain = forked("--steps", 3)
     for row in ("last loss", "last parameters"):
         assert cells(done.stdout, row) == cells(plain.stdout, row)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -11,22 +10,27 @@ from collections.abc import Iterable
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def closure(names: Iterable[str]) -> list[Distribution]:
     """The distributions of these names and all that they require here."""
     found: dict[str, Distribution] = {}
-    waiting = list(names)
+    followed: set[tuple[str, str]] = set()
+    waiting = [Requirement(name) for name in names]
     while waiting:
-        name = re.split(r"[\s;<>=!~\[(]", waiting.pop())[0].lower()
-        if name in found:
-            continue
+        asked = waiting.pop()
+        name = asked.name.lower()
         try:
-            found[name] = distribution(name)
-        except PackageNotFoundError:  # of an extra, or of another platform
+            there = found[name] = found.get(name) or distribution(name)
+        except PackageNotFoundError:  # of another platform
             continue
-        waiting += [r for r in found[name].requires or [] if "extra ==" not in r]
+        for extra in {"", *asked.extras} - {extra for seen, extra in followed if seen == name}:
+            followed.add((name, extra))
+            needs = map(Requirement, there.requires or [])
+            waiting += [n for n in needs if n.marker is None or n.marker.evaluate({"extra": extra})]
     return list(found.values())
 
 

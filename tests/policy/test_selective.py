@@ -418,13 +418,20 @@ def test_a_kept_output_under_users_hooks_comes_back_without_history(pack: Any) -
     same_as_plain(program)
 
 
+@pytest.mark.parametrize(
+    "through",
+    [lambda t: t, lambda t: t.data, lambda t: aten._unsafe_view(t, [2, 3])],
+    ids=["itself", "data", "unsafe view"],
+)
 @pytest.mark.parametrize("pack", [torch.clone, lambda t: t], ids=["copying", "identity"])
-def test_a_kept_output_under_users_hooks_that_was_changed_in_place_is_refused(pack: Any) -> None:
+def test_a_kept_output_under_users_hooks_that_was_changed_in_place_is_refused(
+    pack: Any, through: Any
+) -> None:
     """By the forward when the hooks hand it through, by the first replay when they copy it."""
 
     def fn(x: torch.Tensor) -> torch.Tensor:
         y = x.sin()
-        y.mul_(0.5)
+        through(y).mul_(0.5)
         return y.exp()
 
     x = leaf(6)

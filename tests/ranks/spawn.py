@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
+import tempfile
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from tests.processes import ROOT, Late, Limit, started
+from tests.processes import ROOT, Late, logs, started
 
 __all__ = ["ROOT", "Failed", "leave", "report", "run_ranks"]
 
@@ -50,24 +53,17 @@ def run_ranks(
         "LOCAL_WORLD_SIZE": str(world),
         **(environment or {}),
     }
-    limit = Limit(timeout)
-    with contextlib.ExitStack() as stack:
-        ranks = [
-            stack.enter_context(
-                started(
-                    [sys.executable, "-m", job, *arguments],
-                    environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    together=True,
-                )
-            )
-            for rank in range(world)
-        ]
-        for rank in ranks:
-            with contextlib.suppress(Late):
-                rank.within(limit)
-    outputs = [rank.printed() for rank in ranks]
+    folder = Path(tempfile.mkdtemp(prefix="distckpt-test-"))
+    logs.append(folder)
+    ranks = range(world)
+    command = [sys.executable, "-m", "tests.ranks.forked", folder, job, ",".join(map(str, ranks)), *arguments]
+    with started(command, environment=shared, together=True) as process, contextlib.suppress(Late):
+        process.within(timeout)
+    outputs = [_read(folder / f"rank-{rank}") + (process.printed() if not rank else "") for rank in ranks]
     found = [_result(text) for text in outputs]
-    codes = [rank.returncode for rank in ranks]
+    codes = [
+        int(_read(folder / f"exit-{rank}") or -signal.SIGKILL) for rank in ranks
+    ]  # or it was ended with the rest
     if not check:
         return [{"exit": c, "output": o, "report": f} for c, o, f in zip(codes, outputs, found, strict=True)]
     if any(codes):
@@ -77,6 +73,10 @@ def run_ranks(
             )
         )
     return found
+
+
+def _read(file: Path) -> str:
+    return file.read_text(errors="replace") if file.exists() else ""
 
 
 _MARK = "@@report "

@@ -169,6 +169,16 @@ def test_between_the_halves_only_what_weights_need_is_held_and_counted(
             assert report["weight_bytes"] == (BLOCKS * REGION if mode == "early" else 0)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_weight_halves_are_run_before_their_turn_only_where_values_would_pile_up(
+    world: int, schedule: str, mode: str
+) -> None:
+    early = sum(report["weights_early"] for report in stages(world, schedule, mode).values())
+    piles_up = world == 4 and schedule == "ZBVZeroBubble" and mode in ("default", "lazy")
+    assert (early > 0) == piles_up
+
+
 @pytest.mark.parametrize("schedule", SINGLE)
 def test_a_whole_backward_leaves_nothing_for_weights(world: int, schedule: str) -> None:
     assert all(report["weight_bytes"] == 0 for report in stages(world, schedule, "early").values())

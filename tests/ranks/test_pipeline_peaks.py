@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from tests.ranks.jobs.pipeline import SCHEDULES
-from tests.ranks.jobs.pipeline_peaks import BLOCKS, CASES
+from tests.ranks.jobs.pipeline_peaks import BLOCKS
+from tests.ranks.jobs.pipeline_peaks import RUNS as JOBS
 from tests.ranks.spawn import run_ranks
 
 REGION = 49_408  # bytes that a block's replay makes
-RUNS = [f"plain, {name}" for name in SCHEDULES]
-RUNS += [f"{case}, 1F1B" for case in CASES if case != "plain"]
+RUNS = [f"{case}, {name}" for case, name in JOBS]
 
 
 @pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.slow)], scope="module")
@@ -46,3 +46,17 @@ def test_the_default_is_early_where_that_costs_nothing(found: list[Any]) -> None
 def test_one_micro_batch_ahead_costs_the_other_regions_of_one(found: list[Any]) -> None:
     first = found[0]["plain, 1F1B"]
     assert 0 < first["1 micro-batch"]["peak"] - first["torch"]["peak"] <= (BLOCKS - 1) * REGION
+
+
+@pytest.mark.skipif("ZBVZeroBubble" not in SCHEDULES, reason="gloo cannot run it on this torch")
+def test_values_for_weights_pile_up_only_as_far_as_torchs_replays_do_unless_asked(found: list[Any]) -> None:
+    if len(found) == 4:
+        early = [rank["plain, ZBVZeroBubble"]["default"]["weights early"] for rank in found]
+        assert early[:2] == [0, 0]
+        assert early[3] > 0  # eight micro-batches of its two stages would wait
+        return
+    assert [rank["plain, ZBVZeroBubble"]["default"]["weights early"] for rank in found] == [0, 0]
+    run = [rank["mlp, ZBVZeroBubble"] for rank in found]
+    assert [ways["default"]["weights early"] for ways in run] == [0, 1]
+    assert [ways["1 micro-batch"]["weights early"] for ways in run] == [0, 0]
+    assert run[1]["1 micro-batch"]["peak"] > run[1]["torch"]["peak"]

@@ -18,6 +18,7 @@ from distckpt.ranks.pipeline.limit import Ahead, limit_of
 from distckpt.ranks.pipeline.order import Order, order_of
 from distckpt.ranks.pipeline.report import StageReport
 from distckpt.ranks.pipeline.stage import Stage
+from distckpt.ranks.pipeline.weights import WeightHalves
 from distckpt.ranks.regionplan import plain
 
 
@@ -86,7 +87,9 @@ def attach(
     and their values are dropped when the last half has used them. With ``early_replay`` replays for the next
     backward are made while its gradient is on its way: that of the newest region, which costs no memory, or more with
     ``ahead``. Where the backward of a micro-batch comes right after its forward (the last stage of 1F1B), the regions
-    that ``ahead`` has room for are not replayed at all.
+    that ``ahead`` has room for are not replayed at all. In a split backward the values that a weight half needs wait
+    for it; without ``ahead`` no more of them than torch's engine leaves behind in one: a weight half is run before its
+    turn where there would be more.
 
     Args:
         coordinator: of this process.
@@ -128,6 +131,10 @@ def attach(
     hooked = {stage.stage_index: Stage(stage, order, limit) for stage in stages}
     early = EarlyReplay(hooked, order)
     step = step_with(schedule, early.wait) if schedule is not None and early_replay else None
+    if ahead is None and schedule is not None:
+        halves = WeightHalves(schedule, hooked, order)
+        for found in hooked.values():
+            found.make_room = halves.make_room
     if early_replay:
         for found in hooked.values():
             found.why_unseen = partial(_why_unseen, schedule, step is not None)

@@ -9,7 +9,7 @@ Note [Order]
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 from distckpt._torch_dist import (
@@ -57,6 +57,19 @@ class Order:
         """(stage, micro-batch) whose gradient this rank uses next; None when it computes something else next."""
         action = self.next()
         return action[1:] if action is not None and action[0] in (BACKWARD, INPUT_BACKWARD) else None
+
+    def next_weight_half(self, done: Container[tuple[int, int]]) -> tuple[int, int] | None:
+        """(stage, micro-batch) of the next backward that adds to gradients of weights, ``done`` apart; None when it is
+        a whole one, when it is the last of its stage, which also ends the stage's step, or when it is not known."""
+        if self.broken:
+            return None
+        adds = [
+            a for a in self.actions[self._at :] if a[0] in (BACKWARD, WEIGHT_BACKWARD) and a[1:] not in done
+        ]
+        if not adds or adds[0][0] == BACKWARD:
+            return None
+        stage, micro_batch = adds[0][1:]
+        return (stage, micro_batch) if any(a[1] == stage for a in adds[1:]) else None
 
     def uses_values(self, stage: int, micro_batch: int) -> bool:
         """Whether the backward that comes next needs region values before another computation.

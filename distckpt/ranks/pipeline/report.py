@@ -19,6 +19,7 @@ class StageReport:
         kept: (micro-batch, region) that was a plain call, since its backward came next.
         ahead_bytes: most bytes that early replays held when a gradient was waited for.
         weight_bytes: most bytes that were kept between the input half and the weight half of a split backward.
+        weights_early: weight halves that were run before their turn, so that no values pile up for them.
         lazy: reasons why a replay waited for its gradient, with how often.
     """
 
@@ -28,6 +29,7 @@ class StageReport:
     kept: Counter[Key] = dataclasses.field(default_factory=Counter)
     ahead_bytes: int = 0
     weight_bytes: int = 0
+    weights_early: int = 0
     lazy: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def __str__(self) -> str:
@@ -35,5 +37,9 @@ class StageReport:
             f"stage {self.stage}: {self.replays.total()} replays, {self.early.total()} of them early, "
             f"{self.kept.total()} regions kept; {self.ahead_bytes} bytes ahead, {self.weight_bytes} for weights"
         ]
+        if self.weights_early:
+            lines.append(
+                f"  {self.weights_early} weight halves run before their turn, so that no values pile up"
+            )
         lines += [f"  not early ({times}x): {reason}" for reason, times in self.lazy.items()]
         return "\n".join(lines)

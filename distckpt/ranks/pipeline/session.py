@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from distckpt._torch import current_node
-from distckpt.engine.held import held
+from distckpt.engine.held import held, held_storages, input_keys, value_storages
 from distckpt.engine.inputs import tensors
 from distckpt.engine.region import Region, describe
 from distckpt.engine.sessions import Session
@@ -33,7 +33,9 @@ class MicroBatch(Session):
             list[weakref.ref[Region]]
         ] = []  # an outermost region, then those recorded inside it
         self.kept = 0  # outermost regions that were plain calls
-        self.weight_bytes = 0
+        self.weight_bytes = 0  # after the input half, of values that the weight half needs
+        self.left_by_torch = 0  # what torch's replays for the weight half would leave behind; see weights.py
+        self.halved = False  # the input half is over
         self.late: str | None = None  # why nothing was replayed before the gradient, where nobody could
         self.ahead = 0  # bytes that early replays made, at least as much as they hold
         self.ends_with_region = False  # known when the forward is over
@@ -42,6 +44,11 @@ class MicroBatch(Session):
         self._whole = False
         self._again: Again | None = None  # while the input half runs
         self._used: tuple[Any, list[Slot]] = (None, [])
+        self._twice: set[Any] = set()  # nodes of regions that run in both halves
+        self._dropped: dict[
+            int, int
+        ] = {}  # storages of values that one half has used and the other does not need
+        self._inputs: set[int] = set()
         self._last: list[weakref.ref[torch.Tensor]] = []
 
     def call(self, record: Any, fn: Any, args: Any, kwargs: Any, options: Any) -> Any:
@@ -95,9 +102,13 @@ class MicroBatch(Session):
             self._used = node, []
         if node is not None and not self._again(node):
             self._used[1].append(slot)
+        elif node is not None:
+            self._twice.add(node)
 
     def _drop_used(self) -> None:
         for slot in self._used[1]:
+            if slot.value is not None:
+                self._dropped.update(value_storages(slot.value))
             slot.value = None
         self._used = None, []
 
@@ -146,12 +157,19 @@ class MicroBatch(Session):
     def begin_input_half(self, outputs: Iterable[Any], inputs: Iterable[Any]) -> None:
         """The stage is about to take the gradients of its inputs only."""
         self._again = Again(outputs, inputs, self.stage.stage.submod.parameters())
+        self._inputs = {key for region in self.regions() if not region.inner for key in input_keys(region)}
 
     def end_input_half(self) -> None:
-        """Count what the weight half needs."""
+        """Count what the weight half needs, and what it does not."""
         self._drop_used()
         self._again = None
-        self.weight_bytes = self.held()
+        waiting = held_storages(self.regions(), self.stage.fixed())
+        self.weight_bytes = sum(waiting.values())
+        known = self._inputs | self.stage.fixed() | waiting.keys()
+        dropped = sum(size for key, size in self._dropped.items() if key not in known)
+        self.left_by_torch = dropped * len(self._twice) // max(1, len(self.groups))
+        self._twice, self._dropped, self._inputs = set(), {}, set()  # nodes hold their graph
+        self.halved = True
 
 
 def _label(place: int, within: int, fn: Any, options: Any) -> str:

@@ -43,10 +43,17 @@ class Stage:
         self.outermost: int | None = None  # outermost regions of one forward
         self.early = False
         self.why_unseen: Callable[[], str] | None = None  # None: nobody looks for waits
+        self.make_room: Callable[[Stage], None] | None = (
+            None  # before an input half; None: values may pile up
+        )
+        self.for_weights = 0  # bytes that the last input half left for its weight half
+        self.left_by_torch: int | None = None  # as in the session of that micro-batch
+        self.weights_done: set[int] = set()  # micro-batches whose weight half was run before its turn
         self.report = StageReport(self.index)
         self._fixed: set[int] | None = None
         self._sharded = True
         self._before: dict[str, Any] = {}
+        self._originals: dict[str, Callable[..., Any]] = {}
 
     # Wraps
 
@@ -55,7 +62,8 @@ class Stage:
         for name in WRAPPED:
             if name in self.stage.__dict__:
                 self._before[name] = self.stage.__dict__[name]
-            setattr(self.stage, name, self._wrap(name, getattr(self.stage, name)))
+            self._originals[name] = getattr(self.stage, name)
+            setattr(self.stage, name, self._wrap(name, self._originals[name]))
         self.stage._distckpt_stage = self
 
     def detach(self) -> None:
@@ -120,6 +128,8 @@ class Stage:
         if whole:
             session.begin_whole()
         elif session.groups:
+            if self.make_room is not None and self.left_by_torch is not None:
+                self.make_room(self)
             session.begin_input_half(*stage_ends(self.stage, index))
         try:
             out = original(index, *args, **kwargs)
@@ -130,6 +140,10 @@ class Stage:
             self._close(index)
         else:
             session.end_input_half()
+            if (
+                session.groups and self.index > 0
+            ):  # the first stage leaves all of its backward to the weight half
+                self.for_weights, self.left_by_torch = session.weight_bytes, session.left_by_torch
             waiting = sum(s.weight_bytes for s in self.sessions.values())
             self.report.weight_bytes = max(self.report.weight_bytes, waiting)
         return out
@@ -140,10 +154,27 @@ class Stage:
         if not self.stage.has_backward:
             return original(index, *args, **kwargs)
         self.order.arrive((WEIGHT_BACKWARD, self.index, index))
+        if index in self.weights_done:
+            self.weights_done.discard(index)
+            return None
         try:
             return original(index, *args, **kwargs)
         finally:
             self._close(index)
+
+    def weight_half_ready(self, index: int) -> bool:
+        """Whether :meth:`weight_half_now` may be called. Units of FSDP are gathered for a half in its turn only."""
+        session = self.sessions.get(index)
+        return session is not None and session.halved and not self._sharded
+
+    def weight_half_now(self, index: int) -> None:
+        """Run a weight half before its turn; when its turn comes nothing is left to do."""
+        try:
+            self._originals["backward_weight_one_chunk"](index)
+        finally:
+            self._close(index)
+        self.weights_done.add(index)
+        self.report.weights_early += 1
 
     def _close(self, index: int) -> None:
         session = self.sessions.pop(index, None)
@@ -155,6 +186,7 @@ class Stage:
         for index in list(self.sessions):
             self._close(index)
         self.posted.clear()
+        self.weights_done.clear()
 
     # What the sessions ask
 

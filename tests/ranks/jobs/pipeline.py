@@ -134,6 +134,7 @@ def told(handle: Any) -> dict[int, Any]:
             "kept": [[mb, region, n] for (mb, region), n in sorted(r.kept.items())],
             "ahead_bytes": r.ahead_bytes,
             "weight_bytes": r.weight_bytes,
+            "weights_early": r.weights_early,
             "stage": r.stage,
             "lazy": dict(r.lazy),
         }

@@ -41,6 +41,13 @@ class Stack(nn.Module):
         return self.tail(x)
 
 
+class MLP(nn.Sequential):
+    """A block of which torch's replays leave nothing behind: all that it saves is for weights."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(WIDTH, 4 * WIDTH), nn.Tanh(), nn.Linear(4 * WIDTH, WIDTH))
+
+
 class Nested(nn.Module):
     """A region of the engine in force inside a block."""
 
@@ -85,14 +92,20 @@ CASES: dict[str, tuple[int, Any, Any]] = {  # blocks of a stage, what follows th
     "view": (2, seen_again, jobs.loss_of),
     "wide loss": (2, plain, wide_loss),
     "nested": (2, plain, jobs.loss_of),
+    "mlp": (BLOCKS, plain, jobs.loss_of),
 }
+RUNS = [("plain", name) for name in SCHEDULES] + [
+    (case, "1F1B") for case in CASES if case not in ("plain", "mlp")
+]
+RUNS += [("mlp", name) for name in ("ZBVZeroBubble",) if name in SCHEDULES]
 
 
 def peak(name: str, case: str, options: dict[str, Any] | None) -> dict[str, Any]:
     """Of the second step; ``options`` are those of attach, None for torch's engine."""
     blocks, tail, loss = CASES[case]
     count = 2 * dist.get_world_size()
-    kind: Any = partial_nested(options is None) if case == "nested" else lambda: Block(WIDTH)
+    kinds = {"nested": partial_nested(options is None), "mlp": MLP}
+    kind: Any = kinds.get(case, lambda: Block(WIDTH))
     jobs_loss, jobs.loss_of = jobs.loss_of, loss
     try:
         schedule, stages = pipeline(name, count, lambda: Stack([kind() for _ in range(blocks)], tail))
@@ -124,6 +137,7 @@ def peak(name: str, case: str, options: dict[str, Any] | None) -> dict[str, Any]
     found: dict[str, Any] = {"peak": live.peak}
     if handle is not None:
         found["early"] = {i: r.early.total() for i, r in handle.report().items()}
+        found["weights early"] = sum(r.weights_early for r in handle.report().values())
         found["kept"] = sum(r.kept.total() for r in handle.report().values())
         found["lazy"] = [reason for r in handle.report().values() for reason in r.lazy]
         handle.remove()
@@ -137,10 +151,10 @@ def partial_nested(torch_engine: bool) -> Callable[[], nn.Module]:
 def main() -> None:
     dist.init_process_group("gloo")
     found: dict[str, Any] = {}
-    for case in CASES if dist.get_world_size() == 2 else ("plain",):
-        for name in SCHEDULES if case == "plain" else ("1F1B",):
+    for case, name in RUNS:
+        if case == "plain" or dist.get_world_size() == 2:
             ways: dict[str, Any] = {"torch": None, "default": {}}
-            if (case, name) == ("plain", "1F1B"):
+            if (case, name) in (("plain", "1F1B"), ("mlp", "ZBVZeroBubble")):
                 ways["1 micro-batch"] = {"ahead": "1 micro-batch"}
             found[f"{case}, {name}"] = {way: peak(name, case, options) for way, options in ways.items()}
     report(found)
