@@ -154,6 +154,8 @@ def _judge_beside_torch(program: p.Program, engine: Engine, expected: Outcome) -
     if expected.changed == "owned" and ("DC111" in found or "DC112" in found):
         # torch's engine does not look at what a nested region owns, and replays it with the changed value
         return Verdict("refused", "a region's input was changed in place")
+    if "DC112" in found and run(without_hooks(program, *HOOKS), PLAIN).error is not None:
+        return Verdict("refused", "legal with copying hooks only")
     if "DC114" in found and _keeps_and_changes(program):
         return Verdict("refused", "a pinned value was changed in place")
     if "DC128" in found and _scripts_outside(program):
