@@ -31,7 +31,8 @@ torch gathers them for nothing.
 PIPELINE = """## Pipeline stages
 
 Real gloo ranks. `none` has no regions, `torch` is `torch.utils.checkpoint`, `alone` is `dc.apply` without more,
-`default` is `coord.attach(schedule)`, and `attached` is `coord.attach(schedule, ahead="1 micro-batch")`.
+`default` is `coord.attach(schedule)`, and `attached` is `coord.attach(schedule, ahead="1 micro-batch")`; a table
+without `default` is from before it was another one.
 The times of the first two tables are of ranks that share two cores, so they
 say little about waiting; the runs of a block are exact. Runs are per micro-batch, the least and the most of any
 block; 1 is the forward.
@@ -40,8 +41,8 @@ block; 1 is the forward.
 WAITS = """### Replay while the gradient is on its way
 
 1F1B, blocks that compute. `after` is `attach(early_replay=False)`: replays wait for their gradient. `default` replays
-the newest region early, `early only` all of them, and `attached` keeps those of the last stage as well. What they save
-is against `after`, which makes the same replays later, and against torch's engine.
+the newest region early, `early only` all of them, and `attached` keeps those of the last stage as well. Where the table
+has no `default`, the last stage kept its final region under `after`.
 """
 
 SLEEP = """### The same with blocks that sleep
@@ -77,49 +78,50 @@ def _runs(low: float, high: float) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
+NAMES = {"early": "attached"}
+
+
+def _measured(found: dict[str, Any], *engines: str) -> list[str]:
+    """Those of ``engines`` that were measured in every row."""
+    return [engine for engine in engines if all(engine in row["engines"] for row in found["rows"])]
+
+
 def pipeline_part() -> str:
     """Render what pipelines cost, of the parts measured so far."""
     parts = [PIPELINE]
     found = load("ranks_pipeline-schedules")
     if found is not None:
         rows = []
+        measured = _measured(found, "none", "torch", "alone", "default", "early")
         for row in found["rows"]:
             engines = row["engines"]
             line = [row["schedule"]]
-            for name in ("none", "torch", "alone", "default", "early"):
+            for name in measured:
                 line += [f"{engines[name]['seconds'] * 1e3:.0f}"]
                 line += [_runs(*engines[name]["runs"])] if name != "none" else []
             rows.append(line)
-        header = [
-            "schedule, 2 ranks",
-            "none ms",
-            "torch ms",
-            "runs",
-            "alone ms",
-            "runs",
-            "default ms",
-            "runs",
-            "attached ms",
-            "runs",
-        ]
+        header = ["schedule, 2 ranks"]
+        for name in measured:
+            header += [f"{NAMES.get(name, name)} ms"] + (["runs"] if name != "none" else [])
         parts += [table(header, rows), "", source(found)]
     for name, text in (("waits", WAITS), ("sleep", SLEEP)):
         found = load(f"ranks_pipeline-{name}")
         if found is not None:
             rows = []
+            measured = _measured(found, "none", "torch", "alone", "after", "default", "early only", "early")
+            bases, savers = (
+                _measured(found, "torch", "alone"),
+                _measured(found, "default", "early only", "early"),
+            )
             for row in found["rows"]:
                 times = {engine: cost["seconds"] for engine, cost in row["engines"].items()}
                 line = [str(row["ranks"]), str(row["micro_batches"])]
-                engines = ("none", "torch", "after", "default", "early only", "early")
-                line += [f"{times[e] * 1e3:.0f}" for e in engines]
-                line += [f"{row['engines'][e]['early']}" for e in ("default", "early")]
-                for base in ("after", "torch"):
-                    line += [f"{100 * (1 - times[e] / times[base]):.1f} %" for e in ("default", "early")]
+                line += [f"{times[e] * 1e3:.0f}" for e in measured]
+                line += [f"{100 * (1 - times[e] / times[base]):.1f} %" for base in bases for e in savers]
                 rows.append(line)
             header = ["ranks", "micro-batches"]
-            header += [f"{e} ms" for e in ("none", "torch", "after", "default", "early only", "attached")]
-            header += ["default: early", "attached: early"]
-            header += [f"{e} saves of {base}" for base in ("after", "torch") for e in ("default", "attached")]
+            header += [f"{NAMES.get(e, e)} ms" for e in measured]
+            header += [f"{NAMES.get(e, e)} saves of {base}" for base in bases for e in savers]
             parts += [text, table(header, rows), "", source(found)]
     return "\n".join(parts)
 

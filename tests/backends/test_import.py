@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,14 +50,8 @@ assert not torch_xla._XLAC._xla_runtime_is_initialized()
 
 def run(source: str) -> None:
     search = os.pathsep.join([str(ROOT), str(ROOT / "backends"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", source],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": search},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [sys.executable, "-W", "ignore", "-c", source]
+    done = processes.run(command, limit=120, environment={**os.environ, "PYTHONPATH": search})
     assert done.returncode == 0, done.stderr[-3000:]
 
 

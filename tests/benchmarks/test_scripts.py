@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,14 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(script: str, *arguments: str, status: int = 0) -> str:
     """Run a benchmark script in a process of its own and return what it prints."""
     paths = [str(ROOT), str(ROOT / "backends"), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    command = [sys.executable, ROOT / "benchmarks" / script, *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = processes.run(command, limit=120, environment=environment)
     assert done.returncode == status, done.stderr
     return done.stdout
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import distckpt as dc
 from distckpt.engine import errors
 from distckpt.engine.api import OPTION_NAMES
 from distckpt.engine.errors import BadOption, OptionCollision
+from tests.processes import run
 
 from .exact import Region, counted, exact, leaf
 from .test_inputs import PLACES
@@ -317,9 +317,7 @@ heavy = [m for m in ("torch._dynamo", "torch._inductor", "torch_xla", "sympy", "
 assert not heavy, heavy
 assert not torch.cuda.is_initialized()
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=_env(), capture_output=True, text=True, timeout=60
-    )
+    done = run([sys.executable, "-c", program], limit=60, environment=_env())
     assert done.returncode == 0, done.stderr
 
 

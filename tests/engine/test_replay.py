@@ -372,7 +372,7 @@ def batched_with_dropout(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("gradient", [through_vmap, batched_with_dropout])
 def test_a_gradient_that_would_replay_a_region_under_another_vmap_is_refused(gradient: Any) -> None:
-    if gradient is through_vmap and torch.__version__.startswith("2.9"):
+    if gradient is through_vmap and torch.__version__.startswith(("2.9", "2.10", "2.11")):
         assert torch.equal(through_vmap(x := leaf(4)), torch.autograd.grad(x.sin().exp().sin().sum(), x)[0])
         return
     with pytest.raises(dc.CheckpointError) as caught:

@@ -14,20 +14,14 @@ import distckpt_backends
 import pytest
 
 import distckpt as dc
+from tests.processes import run
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'backends'}"}
 
 
 def python(program: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run([sys.executable, "-c", program], limit=120, environment=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

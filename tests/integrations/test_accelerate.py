@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from typing import Any
 
@@ -24,6 +23,7 @@ from accelerate.state import AcceleratorState
 from distckpt.integrations.accelerate import DistckptPlugin
 from distckpt.integrations.errors import BothSwitches
 from tests.integrations.models import LAYERS, batch, build, without_cache
+from tests.processes import run
 from tests.ranks.spawn import ROOT, run_ranks
 
 needs_gloo = pytest.mark.skipif(
@@ -109,15 +109,7 @@ def test_accelerate_launch_runs_a_script_with_regions_on_two_cpu_ranks() -> None
         "OMP_NUM_THREADS": "1",
     }
     for _ in range(3):
-        done = subprocess.run(
-            command + options,
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
+        done = run(command + options, limit=240, environment=environment)
         if "in use" not in done.stderr and "EADDRINUSE" not in done.stderr:
             break  # else: somebody took the port between accelerate's choice and its use
     assert done.returncode == 0, done.stdout + done.stderr

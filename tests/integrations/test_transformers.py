@@ -6,7 +6,6 @@ import copy
 import functools
 import gc
 import io
-import subprocess
 import sys
 import weakref
 from typing import Any
@@ -23,6 +22,7 @@ transformers = pytest.importorskip("transformers", reason="the extra 'hf' is not
 
 from distckpt.integrations.errors import BothSwitches, OldFormat  # noqa: E402
 from tests.integrations.models import LAYERS, NAMES, batch, build, same, step, without_cache  # noqa: E402
+from tests.processes import run  # noqa: E402
 
 
 def attributes(model: torch.nn.Module) -> dict[str, Any]:
@@ -292,4 +292,5 @@ def test_importing_distckpt_imports_none_of_the_libraries() -> None:
         "libraries = {'transformers', 'accelerate', 'peft', 'lightning', 'diffusers'}\n"
         "assert not libraries & set(sys.modules), libraries & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    done = run([sys.executable, "-c", code], limit=120)
+    assert done.returncode == 0, done.stderr

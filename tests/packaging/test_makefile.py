@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import run
+
 from .clean import ROOT
 
 packaging = pytest.importorskip("packaging.requirements", reason="comes with pytest")
@@ -23,9 +25,7 @@ def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
         shutil.copy(ROOT / name, folder)
     # a make of its own, also where the tests themselves run under make
     outer = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    return subprocess.run(
-        ["make", "-s", *words], cwd=folder, env=outer, capture_output=True, text=True, timeout=60, check=False
-    )
+    return run(["make", "-s", *words], limit=60, environment=outer, cwd=folder)
 
 
 def stand_in(path: Path, text: str) -> Path:

@@ -48,6 +48,8 @@ def main() -> None:
     for name in imports_of(job):
         with contextlib.suppress(ModuleNotFoundError):  # a job may say first where it is
             importlib.import_module(name)
+    if "torch.distributed.fsdp" in sys.modules:
+        importlib.import_module("torch._dynamo")  # as the first unit does
     started: dict[int, int] = {}
     for rank in ranks:
         pid = os.fork()
