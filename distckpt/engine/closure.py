@@ -29,7 +29,6 @@ _LIBRARIES = frozenset({"torch", "distckpt", "distckpt_backends"})
 # what is neither a tensor nor holds a function, and is most of what a function reads
 _PLAIN = frozenset({int, float, bool, str, type(None), ModuleType, BuiltinFunctionType, type, object})
 _contents = attrgetter("cell_contents")
-_NONE: list[torch.Tensor] = []
 _NORMALISATIONS = frozenset({"batch_norm", "native_batch_norm"})
 _HOLDERS = (FunctionType, MethodType, partial, tuple, Wrapping)
 
@@ -37,7 +36,7 @@ _HOLDERS = (FunctionType, MethodType, partial, tuple, Wrapping)
 class Names:
     """The names that a code object, with the functions inside it, reads or assigns outside itself."""
 
-    __slots__ = ("absent", "assigned", "assigns", "code", "globals", "live_cells", "normalises")
+    __slots__ = ("absent", "assigned", "assigns", "code", "globals", "live_cells", "looks", "normalises")
 
     def __init__(self, code: CodeType, library: bool) -> None:
         self.code = code  # alive, so that no other gets its identity
@@ -49,6 +48,7 @@ class Names:
         self.live_cells = [i for i, name in enumerate(code.co_freevars, len(self.globals)) if name in cells]
         self.assigns = bool(self.assigned or cells)
         self.normalises = _normalises(code)
+        self.looks = self.assigns or self.normalises  # what it does with a name matters
 
 
 _names: dict[int, Names] = {}  # by identity: hashing a code object reads all of it, 1 us in each record
@@ -137,17 +137,63 @@ def _contents_or_absent(cell: CellType) -> Any:
         return _ABSENT
 
 
+def capture_plainly(fn: FunctionType) -> tuple[Names, list[Any]] | None:
+    """What ``fn`` reads by name if all of it is plain; None where :func:`capture` must look."""
+    names = _names.get(id(fn.__code__)) or _find_names(fn)
+    if names.looks or fn.__defaults__ is not None or fn.__kwdefaults__ is not None:
+        return None
+    # Loops, and no calls of other functions here: in a training step this code is cold, and each one costs 2 us.
+    values: list[Any] = []
+    if names.globals:
+        scope = fn.__globals__
+        for name in names.globals:
+            value = scope.get(name, _ABSENT)
+            if type(value) not in _PLAIN:
+                return None
+            values.append(value)
+    if fn.__closure__ is not None:
+        for cell in fn.__closure__:
+            try:
+                value = cell.cell_contents
+            except ValueError:  # a name that is not assigned yet
+                return None
+            if type(value) not in _PLAIN:
+                return None
+            values.append(value)
+    return names, values
+
+
+def same(fn: FunctionType, plain: tuple[Names, list[Any]]) -> bool:
+    """Whether the names of ``fn`` hold what :func:`capture_plainly` found."""
+    names, values = plain
+    i = 0
+    if names.globals:
+        scope = fn.__globals__
+        for name in names.globals:
+            if scope.get(name, _ABSENT) is not values[i]:
+                return False
+            i += 1
+    if fn.__closure__ is not None:
+        try:
+            for cell in fn.__closure__:
+                if cell.cell_contents is not values[i]:
+                    return False
+                i += 1
+        except ValueError:  # deleted since
+            return False
+    return True
+
+
+def captured_plainly(fn: FunctionType, plain: tuple[Names, list[Any]]) -> list[Captured]:
+    """The same as :func:`capture` would have found."""
+    return [_captured(fn, *plain)] if plain[1] else []
+
+
 def capture(fn: Any, scan: Scan) -> list[Captured] | None:
     """What ``fn``, the functions that ``scan`` met and those that they reach read by name; None: nothing.
 
     ``scan`` is told whether a name of ``fn`` may lead to a module.
     """
-    if type(fn) is FunctionType and scan.functions is None:
-        names = _names.get(id(fn.__code__)) or _find_names(fn)
-        values = _held(fn, names)
-        scan.normalises = names.normalises
-        if not names.assigns and _PLAIN.issuperset(map(type, values)):
-            return [_captured(fn, names, values)] if values else None
     found = [fn] if type(fn) is FunctionType else _functions_in(fn)
     if scan.functions:
         found = _distinct([*found, *(f for called in scan.functions for f in _functions_in(called))])
@@ -319,11 +365,8 @@ def recall(kept: list[Captured], memo: dict[int, Any] | None) -> tuple[list[torc
     Raises:
         InputChanged: a captured tensor was changed in place.
     """
-    for c in kept:
-        if not all(map(is_, _held(c.fn, c.names), c.values)):
-            break
-    else:
-        return _NONE, None
+    if all(all(map(is_, _held(c.fn, c.names), c.values)) for c in kept):
+        return [], None
     owned: list[torch.Tensor] = []
     held: list[list[Any]] = []
     stale: set[int] = set()

@@ -17,6 +17,7 @@ from distckpt._torch import (
     call_without_dynamo,
     dynamo_callback,
     last_script,
+    make_saved_tensor,
     pop_saved_tensors_hooks,
     push_saved_tensors_hooks,
     script_optimizes,
@@ -52,7 +53,9 @@ from distckpt.engine.verify import Verifier
 
 _ref = weakref.ref
 _Tensor = torch.Tensor
+_PLAIN = frozenset({_Tensor, int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size})
 _grad_enabled = torch.is_grad_enabled
+_RLock: Any = type(threading.RLock())  # the C class; the name in `threading` is a Python function around it
 _observer: Callable[[Region, Any], None] | None = None
 _early_stop = switches.early_stop.get
 _debug = switches.debug.get
@@ -69,9 +72,17 @@ def record(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Opti
     if dynamo_callback() is not None:
         # Called from a compiled caller after a graph break: the record and its replays must both run eagerly.
         return call_without_dynamo(_record, fn, args, kwargs, options)
-    if sessions.any_open() and (session := sessions.current()) is not None:
+    if sessions.opened and (session := sessions.current()) is not None:
         return session.call(_record, fn, args, kwargs, options)
-    return _record(fn, args, kwargs, options)
+    # As in `_record`: a call of a function that is cold costs 2 us.
+    region = open_region(fn, args, kwargs, options)
+    try:
+        out = fn(*args, **kwargs)
+    except BaseException as error:
+        abort_region(region, error)
+        raise
+    close_region(region, out, (fn, args, kwargs))
+    return out
 
 
 def _record(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Any:
@@ -101,41 +112,22 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
     r.early_stop = options.early_stop if early is None else early
     strict = options.strict
     hooks = top_saved_tensors_hooks()
-    marked = hooks is not None and not is_engine_hook(hooks)
     generators: list[torch.Generator] | None = None
     if strict:
-        scan = Scan()
-        if hooks is not None:
-            scan.hooked = True
-        if options.partition is None:
-            r.fn, r.args, r.kwargs = own_call(fn, args, kwargs, scan)
-        else:
-            r.fn, r.args, r.kwargs = options.partition.own(fn, args, kwargs)
-            scan.look(fn, args, kwargs)
-        r.captured = closure.capture(fn, scan)
-        if marked:
-            r.marks = (inputs.marks((fn, args, kwargs, scan.captured)),)
-        r.repeats = scan.repeats
-        generators = scan.generators
-        reached = buffers.holders(fn if scan.modules or type(fn) is not FunctionType else None, args, kwargs)
-        if reached is not None and reached.owners:
-            r.buffers = buffers.watch(reached.owners)
-        if reached is not None or scan.parameters is not None:
-            r.reached = reached, scan.parameters
-        if scan.normalises:
-            held = closure.held_tensors(r.captured) if r.captured is not None else []
-            r.buffers = buffers.with_statistics(r.buffers, tensors((fn, args, kwargs, held)))
+        generators = (
+            None if hooks is None and _own_plainly(r, fn, args, kwargs) else _own(r, fn, args, kwargs, hooks)
+        )
     else:
         r.fn = fn
-        if marked:
+        if hooks is not None and not is_engine_hook(hooks):
             r.marks = (inputs.marks(args),)
         r.args = [inputs.own_tensor(a) if isinstance(a, _Tensor) else a for a in args]
         if kwargs:
             r.kwargs = kwargs
-    r.lock = threading.RLock()
+    r.lock = _RLock()
     r.context = copy_context()
     r.ambient = ambient.snapshot()
-    if sessions.any_open():
+    if sessions.opened:
         sessions.enroll(r)
     backends = live()
     if backends:
@@ -165,6 +157,51 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
     if r.pauses_script:
         set_script_optimizes(False)  # see Note [TorchScript] in scripted.py
     return r
+
+
+def _own_plainly(r: Region, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Own the inputs of a plain function of tensors, which most regions are; False when it is another call."""
+    if type(fn) is not FunctionType or kwargs or r.options.partition is not None:
+        return False
+    if not _PLAIN.issuperset(map(type, args)):
+        return False
+    plain = closure.capture_plainly(fn)
+    if plain is None:
+        return False
+    try:
+        r.args = [make_saved_tensor(a, False) if type(a) is _Tensor else a for a in args]
+    except RuntimeError:  # an inference tensor
+        return False
+    r.fn = fn
+    r.plain = plain
+    return True
+
+
+def _own(
+    r: Region, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], hooks: Any
+) -> list[torch.Generator] | None:
+    """Own the inputs of any call, and look at the modules that it reaches; the generators that it holds."""
+    scan = Scan()
+    if hooks is not None:
+        scan.hooked = True
+    if r.options.partition is None:
+        r.fn, r.args, r.kwargs = own_call(fn, args, kwargs, scan)
+    else:
+        r.fn, r.args, r.kwargs = r.options.partition.own(fn, args, kwargs)
+        scan.look(fn, args, kwargs)
+    r.captured = closure.capture(fn, scan)
+    if hooks is not None and not is_engine_hook(hooks):
+        r.marks = (inputs.marks((fn, args, kwargs, scan.captured)),)
+    r.repeats = scan.repeats
+    reached = buffers.holders(fn if scan.modules or type(fn) is not FunctionType else None, args, kwargs)
+    if reached is not None and reached.owners:
+        r.buffers = buffers.watch(reached.owners)
+    if reached is not None or scan.parameters is not None:
+        r.reached = reached, scan.parameters
+    if scan.normalises:
+        held = closure.held_tensors(r.captured) if r.captured is not None else []
+        r.buffers = buffers.with_statistics(r.buffers, tensors((fn, args, kwargs, held)))
+    return scan.generators
 
 
 def observe(seen: Callable[[Region, Any], None] | None) -> None:

@@ -24,7 +24,7 @@ from distckpt._torch import (
 from distckpt.engine import ambient, rng, sessions
 from distckpt.engine.barrier import Tie
 from distckpt.engine.buffers import Holders
-from distckpt.engine.closure import Captured
+from distckpt.engine.closure import Captured, Names
 from distckpt.engine.doubt import Doubtful, settle
 from distckpt.engine.errors import BatchedReplay
 from distckpt.engine.events import failed
@@ -50,6 +50,9 @@ class Region:
     args: list[Any]
     kwargs: Any = None
     captured: list[Captured] | None = None  # what its functions read by name
+    plain: tuple[Names, list[Any]] | None = (
+        None  # the same of a function that reads no tensors and no functions
+    )
     repeats = False  # the call names one thing several times
     options: Options
     refs: list[weakref.ref[Slot]]
@@ -145,7 +148,7 @@ class Region:
     def replay(self) -> None:
         """Fill every living slot. Called under ``lock``."""
         task = graph_task_id()
-        current = sessions.current() if sessions.any_open() else None
+        current = sessions.current() if sessions.opened else None
         if current is not None:
             current.admit(self, task)
         elif not self.options.strict:

@@ -104,7 +104,9 @@ def replay(r: Region, run: Any = None) -> None:
         InputChanged: an owned input was changed in place since.
     """
     outer = here.frame
-    here.frame = frame = Frame(r, outer)  # already now: a user's unpack hook is no part of what runs around
+    frame = Frame()
+    frame.region, frame.outer = r, outer
+    here.frame = frame  # already now: a user's unpack hook is no part of what runs around
     pauses_script = r.scripted is not None and script_optimizes()
     if pauses_script:
         set_script_optimizes(False)  # see Note [TorchScript] in scripted.py
@@ -126,18 +128,24 @@ def replay(r: Region, run: Any = None) -> None:
 
 def _replay(r: Region, run: Any) -> None:
     memo: dict[int, Any] | None = {} if r.repeats else None
+    fn, kwargs, captured = r.fn, {}, []
     try:
         args = [a.unpack() if type(a) is SavedTensor and memo is None else a for a in r.args]
     except RuntimeError:
         if r.options.strict:
             give_back(r.args, "args")  # raises it again, naming the argument
         raise
-    for i, a in enumerate(args):
-        if type(a) in inputs.OWNED:
-            args[i] = give_back(a, f"args[{i}]", memo)
-    kwargs = {} if r.kwargs is None else give_back(r.kwargs, "kwargs", memo)
-    fn = r.fn if type(r.fn) is not Packed else give_back(r.fn, "function", memo)
-    captured: list[torch.Tensor] = []
+    if r.plain is not None:
+        if not closure.same(fn, r.plain):
+            r.captured = closure.captured_plainly(fn, r.plain)
+    else:
+        for i, a in enumerate(args):
+            if type(a) in inputs.OWNED:
+                args[i] = give_back(a, f"args[{i}]", memo)
+        if r.kwargs is not None:
+            kwargs = give_back(r.kwargs, "kwargs", memo)
+        if type(fn) is Packed:
+            fn = give_back(fn, "function", memo)
     if r.captured is not None:
         captured, renewed = closure.recall(r.captured, memo)
         if renewed is not None:
@@ -152,7 +160,8 @@ def _replay(r: Region, run: Any) -> None:
     counters.replays += 1
     if r.tie is not None:
         fn, args, kwargs = r.tie.bind(fn, args, kwargs)
-    mismatch = Mismatch(r, (fn, args, kwargs, captured))
+    mismatch = Mismatch()
+    mismatch.region, mismatch.call = r, (fn, args, kwargs, captured)
     if stale is not None:
         mismatch.restored = stale.restored
     now = ambient.snapshot()
@@ -171,7 +180,7 @@ def _replay(r: Region, run: Any) -> None:
             if generators is not None and (rewound or not stopped):
                 generators.give_back()
             # a function that sets a state and puts it back at its end has not got there
-            if ambient.snapshot() != now:
+            if not ambient.still(now):
                 ambient.put_back(now)
     else:
         with contextlib.ExitStack() as stack:
@@ -216,13 +225,16 @@ def _run(
     # While it is settled its last operator must finish, and nothing after it may run.
     settling = here.settling is r and not closed
     early = not settling and (not closed or (r.early_stop and r.verifier is None))
-    wanted = last_living(refs) if early and r.options.strict else len(refs)
+    wanted = len(refs)
+    if early and r.options.strict and refs and refs[-1]() is None:
+        wanted = last_living(refs)
     last = refs[-1] if early and refs else None
     beyond_wanted = refs[wanted] if wanted < len(refs) else None
     stopped = early_end = False
     suspects: list[Any] = []
     rest: Any = iter(refs)
     check = r.options.determinism_check != "none"
+    at_rest = None if generators is None or not closed else generators.at_rest
     # Torch detaches every value, and its recompute contexts see that.
     detach = r.replay_context is not None and not r.options.strict
 
@@ -232,7 +244,7 @@ def _run(
         if ref is None:
             return beyond(x)
         if ref is beyond_wanted:
-            if generators is None or not closed or early_end or generators.at_rest():
+            if at_rest is None or early_end or at_rest():
                 early_end = True
                 raise Stop
             last = beyond_wanted = None
@@ -252,7 +264,7 @@ def _run(
                 x = x.detach()
             slot.value = x
             saved = ref
-        if ref is last and (generators is None or not closed or generators.at_rest()):
+        if ref is last and (at_rest is None or at_rest()):
             stopped = early_end = True
             raise Stop
         return saved

@@ -196,7 +196,7 @@ def cpu_before() -> CpuState:
 
 def cpu_draw(before: CpuState) -> Draw | None:
     """The CPU's draw since ``before``, or None."""
-    if not _CPU_GENERATOR.moved(before):
+    if not cpu_drawn_since(before.fingerprint) or not _CPU_GENERATOR.moved(before):
         return None
     here.last_cpu_state = after = CpuState()
     return Draw(_CPU_GENERATOR, before, after)

@@ -29,12 +29,9 @@ if TYPE_CHECKING:
     from distckpt.engine.slot import Slot
 
 _KEY = "distckpt.session"
-_open = 0  # how many `with` blocks are open in this process: only a hint that saves the thread-state lookup
 
-
-def any_open() -> bool:
-    """Whether a session may be current on some thread."""
-    return _open > 0
+opened = 0
+"""How many `with` blocks are open in this process: only a hint that saves the look-up in the thread's state."""
 
 
 def current() -> Session | None:
@@ -58,17 +55,17 @@ class Session(contextlib.AbstractContextManager["Session"]):
         self._released = False
 
     def __enter__(self) -> Session:
-        global _open
+        global opened
         if self._released:
             raise SessionError("this session was released", fix="open a new one with dc.session()")
         self._outer.append(current())
         tls_set(_KEY, self)
-        _open += 1
+        opened += 1
         return self
 
     def __exit__(self, *exc: object) -> None:
-        global _open
-        _open -= 1
+        global opened
+        opened -= 1
         tls_set(_KEY, self._outer.pop())
 
     def call(self, record: Any, fn: Any, args: Any, kwargs: Any, options: Any) -> Any:

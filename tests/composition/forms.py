@@ -103,7 +103,7 @@ def call(
     if p.uses(step.body, p.Draw, "generator"):
         kwargs["generator"] = machine.generator
     if step.form == "functional":
-        result = _functional(machine, fn, step.options, args, kwargs)
+        result = _functional(machine, fn, step.options, (*by_way.get("partial", ()), *args), kwargs)
     else:
         bound = partial(fn, *by_way["partial"]) if "partial" in by_way else fn
         result = machine.engine.region(bound, step.form, step.options, args, kwargs)
