@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from report import RESULTS, write
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
 
 from composition.engines import engine
 from composition.sweep import Tally, sweep
@@ -40,9 +41,10 @@ def run(name: str, count: int, start: int) -> dict[str, Any]:
         try:
             sweep(subject, min(CHUNK, count - first), start + number, tally)
         except Exception as error:
-            notes = "\n".join(getattr(error, "__notes__", []))
-            failures.append({"seed": start + number, "error": str(error), "program": notes})
-            print(f"seed {start + number}: {error}\n{notes}\n", flush=True)
+            # without the folder of this copy, which says nothing to others
+            said = [text.replace(f"{ROOT}/", "") for text in (str(error), *getattr(error, "__notes__", []))]
+            failures.append({"seed": start + number, "error": said[0], "program": "\n".join(said[1:])})
+            print(f"seed {start + number}: {said[0]}\n{failures[-1]['program']}\n", flush=True)
         done = sum(tally.verdicts.values())
         if sys.stderr.isatty():
             print(
