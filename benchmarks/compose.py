@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from report import RESULTS, write
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from composition.engines import engine
 from composition.sweep import Tally, sweep
 
+ROOT = Path(__file__).resolve().parents[1]
 CHUNK = 250
 
 
