@@ -233,12 +233,12 @@ class Rewound:
 
     def at_rest(self) -> bool:
         """Whether the replay may stop here, see Note [Where the forward ended]."""
-        with _unseen():
+        with _unseen((*self._draws, *self._idle)):
             return not _elsewhere(self._draws) and not any(d.stream.moved(d.before) for d in self._idle)
 
     def astray(self) -> list[str]:
         """The streams that a replay that has run to its end left somewhere else than the forward did."""
-        with _unseen():
+        with _unseen((*self._draws, *self._idle)):
             found = _elsewhere(self._draws)
             if _alone():
                 found += [d.stream.name for d in self._idle if d.stream.moved(d.before)]
@@ -266,9 +266,11 @@ def _elsewhere(draws: list[Draw]) -> list[str]:
     return [d.stream.name for d in draws if d.stream.moved(d.after) and d.stream.moved(d.before)]
 
 
-def _unseen() -> contextlib.AbstractContextManager[Any]:
-    """A registered source may run operators to read its state; they are none of the region's."""
-    return without_dispatch_modes() if dispatch_mode_is_on() else contextlib.nullcontext()
+def _unseen(draws: Iterable[Draw]) -> contextlib.AbstractContextManager[Any]:
+    """A source that the user registered may run operators to read its state; they are none of the region's."""
+    if dispatch_mode_is_on() and any(isinstance(draw.stream, streams.Stream) for draw in draws):
+        return without_dispatch_modes()
+    return contextlib.nullcontext()
 
 
 def rewind(draws: list[Draw]) -> list[tuple[Any, Any]]:
