@@ -117,6 +117,7 @@ class Scan:
     keep: Callable[[torch.Tensor], Any] | None = None
     captured: list[torch.Tensor] | None = None  # behind hooks: the tensors that names hold
     hooked = False  # what is saved goes through hooks, which make another tensor of it
+    inside = False  # those are the hooks of a region around
     repeats = False
     generators: list[torch.Generator] | None = None
     parameters: list[Parameter] | None = None  # that the call holds by themselves, not in a module
@@ -136,6 +137,8 @@ class Scan:
         seen = self.memory()
         if id(x) in seen:
             self.repeats = True
+            if self.inside:
+                own_tensor(x)  # dropped; but the replay around, where two objects may stand for it, saves as often
         else:
             seen[id(x)] = x, own_tensor(x)
         return seen[id(x)][1]

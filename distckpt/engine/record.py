@@ -184,13 +184,14 @@ def _own(
     scan = Scan()
     if hooks is not None:
         scan.hooked = True
+        scan.inside = is_engine_hook(hooks)
     if r.options.partition is None:
         r.fn, r.args, r.kwargs = own_call(fn, args, kwargs, scan)
     else:
         r.fn, r.args, r.kwargs = r.options.partition.own(fn, args, kwargs)
         scan.look(fn, args, kwargs)
     r.captured = closure.capture(fn, scan)
-    if hooks is not None and not is_engine_hook(hooks):
+    if hooks is not None and not scan.inside:
         r.marks = (inputs.marks((fn, args, kwargs, scan.captured)),)
     r.repeats = scan.repeats
     reached = buffers.holders(fn if scan.modules or type(fn) is not FunctionType else None, args, kwargs)
