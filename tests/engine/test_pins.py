@@ -201,3 +201,20 @@ def test_a_region_under_torch_func_grad_is_refused_with_or_without_pin() -> None
 def test_a_pin_under_torch_func_outside_a_region_is_the_value() -> None:
     grad = torch.func.grad(lambda t: (t * dc.pin(t.detach())).sum())(torch.full((3,), 2.0))
     assert torch.equal(grad, torch.full((3,), 2.0))
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_an_argument_and_its_pinned_self_in_a_nested_region_are_exact(early_stop: bool) -> None:
+    """One object in the forward, two in the replay: the region around must not count its saves otherwise."""
+
+    def program(region: Any) -> Any:
+        x = leaf(4)
+
+        def outer(t: torch.Tensor) -> torch.Tensor:
+            pinned = dc.pin(t)
+            return region(lambda a, b: a.sin() * b.cos(), t, pinned)
+
+        region(outer, x).sum().backward()
+        return [x.grad]
+
+    exact(program, early_stop=early_stop)
