@@ -138,7 +138,8 @@ class Scan:
         if id(x) in seen:
             self.repeats = True
             if self.inside:
-                own_tensor(x)  # dropped; but the replay around, where two objects may stand for it, saves as often
+                # dropped; but the replay around, where two objects may stand for it, saves as often
+                own_tensor(x)
         else:
             seen[id(x)] = x, own_tensor(x)
         return seen[id(x)][1]
