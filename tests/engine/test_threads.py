@@ -149,6 +149,34 @@ def test_context_variables_travel_to_a_replay_on_another_thread() -> None:
     assert seen == ["somebody", "somebody"]
 
 
+class Interleaved:
+    """Two replays on two threads, the second of which comes in the middle of the first and lets it finish."""
+
+    def __init__(self) -> None:
+        self.inside = [threading.Event(), threading.Event()]
+        self.first_is_done = threading.Event()
+
+    def meet(self, me: int) -> None:
+        """In the middle of replay ``me``: wait for the other one, which waits for its turn if it must."""
+        self.inside[me].set()
+        (self.first_is_done if me else self.inside[1]).wait(0.5)
+
+    def run(self, first: Callable[[], Any], second: Callable[[], Any]) -> list[Any]:
+        """What both return."""
+
+        def run_first() -> Any:
+            try:
+                return first()
+            finally:
+                self.first_is_done.set()
+
+        def run_second() -> Any:
+            assert self.inside[0].wait(20)
+            return second()
+
+        return together(run_first, run_second)
+
+
 def drop(t: torch.Tensor) -> torch.Tensor:
     return F.dropout(t.sin(), 0.5) * F.dropout(t, 0.5)
 
@@ -158,14 +186,12 @@ def test_replays_that_draw_from_one_generator_on_two_threads_take_turns(shared: 
     """The second replay comes between two draws of the first, and lets it finish; without turns the second draw of
     the first is one of the second's."""
     own = torch.Generator().manual_seed(3) if shared == "registered generator" else None
-    inside = [threading.Event(), threading.Event()]
-    first_is_done = threading.Event()
+    turns = Interleaved()
 
     def fn(me: int, t: torch.Tensor) -> torch.Tensor:
         t = t.sin() * (torch.rand(64, generator=own) > 0.5)
         if dc.is_recomputing():
-            inside[me].set()
-            (first_is_done if me else inside[1]).wait(0.5)
+            turns.meet(me)
         return t.sin() * (torch.rand(64, generator=own) > 0.5)
 
     def program(region: Region, both: Callable[..., Any]) -> list[Any]:
@@ -175,32 +201,18 @@ def test_replays_that_draw_from_one_generator_on_two_threads_take_turns(shared: 
         grads = [functools.partial(torch.autograd.grad, o, x) for o, x in zip(outs, xs, strict=True)]
         return [*(g for (g,) in both(*grads)), torch.rand(3, generator=own)]
 
-    def interleaved(first: Callable[[], Any], second: Callable[[], Any]) -> list[Any]:
-        def run_first() -> Any:
-            try:
-                return first()
-            finally:
-                first_is_done.set()
-
-        def run_second() -> Any:
-            assert inside[0].wait(20)
-            return second()
-
-        return together(run_first, run_second)
-
     with dc.rng.register("own", own) if own is not None else contextlib.nullcontext():
         want = program(plain, lambda *jobs: [job() for job in jobs])
         if own is not None:
             own.manual_seed(3)
-        found = program(dc.checkpoint, interleaved)
+        found = program(dc.checkpoint, turns.run)
     assert all(map(same_bits, want, found))
-    assert all(event.is_set() for event in inside)
+    assert all(event.is_set() for event in turns.inside)
 
 
 def test_replays_that_rewind_the_buffers_of_one_module_on_two_threads_take_turns() -> None:
     """The second replay comes while the first has the buffers rewound, and lets it put them back."""
-    inside = [threading.Event(), threading.Event()]
-    first_is_done = threading.Event()
+    turns = Interleaved()
 
     def program(region: Region, both: Callable[..., Any]) -> list[Any]:
         norm = torch.nn.BatchNorm1d(4)
@@ -208,8 +220,7 @@ def test_replays_that_rewind_the_buffers_of_one_module_on_two_threads_take_turns
         def fn(me: int, t: torch.Tensor) -> torch.Tensor:
             t = norm(t.sin())
             if dc.is_recomputing():
-                inside[me].set()
-                (first_is_done if me else inside[1]).wait(0.5)
+                turns.meet(me)
             return t.sin()
 
         xs = [leaf(8, 4, seed=i) for i in range(2)]
@@ -217,22 +228,9 @@ def test_replays_that_rewind_the_buffers_of_one_module_on_two_threads_take_turns
         grads = [functools.partial(torch.autograd.grad, o, x) for o, x in zip(outs, xs, strict=True)]
         return [*(g for (g,) in both(*grads)), *norm.buffers()]
 
-    def interleaved(first: Callable[[], Any], second: Callable[[], Any]) -> list[Any]:
-        def run_first() -> Any:
-            try:
-                return first()
-            finally:
-                first_is_done.set()
-
-        def run_second() -> Any:
-            assert inside[0].wait(20)
-            return second()
-
-        return together(run_first, run_second)
-
     want = program(plain, lambda *jobs: [job() for job in jobs])
-    assert all(map(same_bits, want, program(dc.checkpoint, interleaved)))
-    assert all(event.is_set() for event in inside)
+    assert all(map(same_bits, want, program(dc.checkpoint, turns.run)))
+    assert all(event.is_set() for event in turns.inside)
 
 
 def test_replays_that_draw_from_different_generators_do_not_wait_for_each_other() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch.distributed as dist
 
 import distckpt as dc
+from distckpt.ranks import Coordinator
 from tests.fakes.fixtures import lazy
 
 __all__ = ["lazy", "no_stream_left_behind"]
@@ -18,3 +20,17 @@ def no_stream_left_behind() -> Iterator[None]:
     before = dc.rng.registered()
     yield
     assert dc.rng.registered() == before
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[None]:
+    """This process is a world of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def coord(alone: None) -> Coordinator:
+    """Its coordinator."""
+    return Coordinator("cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,20 +19,11 @@ from distckpt.ranks import Coordinator
 from distckpt.ranks.fsdp import Sharded
 from tests.ranks.sharded import Block, Model
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
+    pytest.mark.usefixtures("alone"),
+]
 LAYERS = ("stack.layers.0", "stack.layers.1")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def world() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.fixture
-def coord() -> Coordinator:
-    return Coordinator("cpu")
 
 
 def schedule() -> ScheduleGPipe:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,20 +35,11 @@ from distckpt.ranks.fsdp_errors import (
 from distckpt.ranks.fsdp_replay import UnitGuard, guard_units
 from tests.ranks.sharded import FLAT, NESTED, Model, by_hand, local, unfinished
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
+    pytest.mark.usefixtures("alone"),
+]
 needs_units_in_replays = pytest.mark.skipif(not UNITS_IN_REPLAYS, reason="refused on this torch")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def world() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.fixture
-def coord() -> Coordinator:
-    return Coordinator(device_type="cpu")
 
 
 def picture(model: nn.Module) -> list[Any]:

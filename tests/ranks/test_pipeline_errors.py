@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed import pipelining as pp
 from torch.distributed.pipelining.schedules import _ScheduleForwardOnly
 
@@ -16,14 +15,8 @@ from distckpt.ranks import Coordinator
 from distckpt.ranks.pipeline.errors import AlreadyAttached, BadAhead, StageNotInPlan, UnknownSchedule
 from tests.ranks.jobs.pipeline import Part, loss_of
 
+pytestmark = pytest.mark.usefixtures("alone")
 PLAN = {0: "blocks.*", 1: "blocks.*"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 class Own(pp.ScheduleGPipe):
