@@ -54,20 +54,6 @@ def snapshot() -> Ambient:
     )
 
 
-def still(state: Ambient) -> bool:
-    """Whether ``state`` is the ambient state now. After a replay, so each look is saved a tuple and a call."""
-    return (
-        _default_dtype() is state[0]
-        and deterministic_algorithms() is state[1]
-        and deterministic_warn_only() is state[2]
-        and (_flash(), _efficient(), _math(), _cudnn()) == state[3:7]
-        and _priority() == state[7]
-        and (_autocast() if is_any_autocast_enabled() else None) == state[8]
-        and (device_context() if function_mode_depth() else None) == state[9]
-        and fx_tracing() == state[10]
-    )
-
-
 def _autocast() -> tuple[bool, tuple[tuple[str, bool, torch.dtype], ...]]:
     kinds = ["cpu", *(b.device_type for b in live() if b.capabilities.autocast)]
     states = tuple((k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds)

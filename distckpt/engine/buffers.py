@@ -40,8 +40,6 @@ _trees: weakref.WeakKeyDictionary[Module, Tree] = weakref.WeakKeyDictionary()
 
 def reached_modules(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Module] | None:
     """The modules that the call ``fn(*args, **kwargs)`` can reach."""
-    if fn is None and not kwargs and _PLAIN.issuperset(map(type, args)):
-        return None  # most calls of a plain function
     found: list[Module] = []
     if type(fn) is FunctionType:
         _in_function(fn, found, None)

@@ -51,7 +51,9 @@ class Names:
         self.looks = self.assigns or self.normalises  # what it does with a name matters
 
 
-_names: dict[int, Names] = {}  # by identity: hashing a code object reads all of it, 1 us in each record
+_names: dict[
+    int, Names
+] = {}  # by identity: hashing a code object reads all of it, 0.2 to 1.5 us in each record
 
 
 def _find_names(fn: FunctionType) -> Names:
@@ -142,7 +144,7 @@ def capture_plainly(fn: FunctionType) -> tuple[Names, list[Any]] | None:
     names = _names.get(id(fn.__code__)) or _find_names(fn)
     if names.looks or fn.__defaults__ is not None or fn.__kwdefaults__ is not None:
         return None
-    # Loops, and no calls of other functions here: in a training step this code is cold, and each one costs 2 us.
+    # Loops, and no calls of other functions: in a training step this code is cold, and that saves 4 us of a region.
     values: list[Any] = []
     if names.globals:
         scope = fn.__globals__

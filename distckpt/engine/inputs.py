@@ -23,7 +23,7 @@ from distckpt._torch import SavedTensor, make_saved_tensor
 from distckpt.engine.errors import InputChanged
 
 _Tensor = torch.Tensor
-_ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size})
+ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size})
 
 
 class Wrapping:
@@ -230,7 +230,7 @@ def _own(value: Any, scan: Scan) -> Any:
     if isinstance(value, torch.Tensor):
         return scan.tensor(value)
     kind = type(value)
-    if kind in _ATOMS:
+    if kind in ATOMS:
         return value
     if kind in _CALLED or isinstance(value, Wrapping):
         scan.function(value)
@@ -352,7 +352,7 @@ def tensors(value: Any, inside: tuple[Any, ...] = ()) -> Iterator[torch.Tensor]:
     """Every tensor in ``value``, in call order; ``inside``: the containers around it, which may hold themselves."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif type(value) not in _ATOMS:
+    elif type(value) not in ATOMS:
         opened = parts_of(value)
         if opened is not None and all(value is not around for around in inside):
             inside = (*inside, value)

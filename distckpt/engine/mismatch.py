@@ -50,9 +50,7 @@ def _meta(meta: Any) -> str:
 class Mismatch:
     """Collects the differences of one replay; ``found`` says whether there is one."""
 
-    region: Region
-    call: Any
-    # Class defaults, and no constructor: nearly every replay finds nothing, and then these are never written.
+    # Class defaults: nearly every replay finds nothing, and then these are never written.
     found = False
     count: int | None = None
     metas: list[tuple[int, Any, Any]] | None = None
@@ -60,6 +58,10 @@ class Mismatch:
     value_positions: list[int] | None = None
     script = False
     restored: Any = None  # tensors that stand where parameters stand
+
+    def __init__(self, region: Region, call: Any) -> None:
+        self.region = region
+        self.call = call
 
     def compare(self, i: int, slot: Slot, x: torch.Tensor, now: tuple[Any, ...]) -> torch.Tensor:
         """Position ``i`` was saved with other metadata, or only with another version. Returns the value to keep."""

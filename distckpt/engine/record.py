@@ -53,7 +53,7 @@ from distckpt.engine.verify import Verifier
 
 _ref = weakref.ref
 _Tensor = torch.Tensor
-_PLAIN = frozenset({_Tensor, int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size})
+_PLAIN = inputs.ATOMS | {_Tensor}
 _grad_enabled = torch.is_grad_enabled
 _RLock: Any = type(threading.RLock())  # the C class; the name in `threading` is a Python function around it
 _observer: Callable[[Region, Any], None] | None = None
@@ -74,15 +74,7 @@ def record(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Opti
         return call_without_dynamo(_record, fn, args, kwargs, options)
     if sessions.opened and (session := sessions.current()) is not None:
         return session.call(_record, fn, args, kwargs, options)
-    # As in `_record`: a call of a function that is cold costs 2 us.
-    region = open_region(fn, args, kwargs, options)
-    try:
-        out = fn(*args, **kwargs)
-    except BaseException as error:
-        abort_region(region, error)
-        raise
-    close_region(region, out, (fn, args, kwargs))
-    return out
+    return _record(fn, args, kwargs, options)
 
 
 def _record(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Any:

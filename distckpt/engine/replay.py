@@ -104,9 +104,7 @@ def replay(r: Region, run: Any = None) -> None:
         InputChanged: an owned input was changed in place since.
     """
     outer = here.frame
-    frame = Frame()
-    frame.region, frame.outer = r, outer
-    here.frame = frame  # already now: a user's unpack hook is no part of what runs around
+    here.frame = frame = Frame(r, outer)  # already now: a user's unpack hook is no part of what runs around
     pauses_script = r.scripted is not None and script_optimizes()
     if pauses_script:
         set_script_optimizes(False)  # see Note [TorchScript] in scripted.py
@@ -160,8 +158,7 @@ def _replay(r: Region, run: Any) -> None:
     counters.replays += 1
     if r.tie is not None:
         fn, args, kwargs = r.tie.bind(fn, args, kwargs)
-    mismatch = Mismatch()
-    mismatch.region, mismatch.call = r, (fn, args, kwargs, captured)
+    mismatch = Mismatch(r, (fn, args, kwargs, captured))
     if stale is not None:
         mismatch.restored = stale.restored
     now = ambient.snapshot()
@@ -180,7 +177,7 @@ def _replay(r: Region, run: Any) -> None:
             if generators is not None and (rewound or not stopped):
                 generators.give_back()
             # a function that sets a state and puts it back at its end has not got there
-            if not ambient.still(now):
+            if ambient.snapshot() != now:
                 ambient.put_back(now)
     else:
         with contextlib.ExitStack() as stack:

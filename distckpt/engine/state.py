@@ -16,12 +16,14 @@ class Frame:
     ``refused`` is the error that ends it, see :func:`refuse`; ``stale`` the parameters that it finds changed.
     """
 
-    # Class defaults, and no constructor: a replay makes one, and hardly any needs more than the first two.
-    region: Region
-    outer: Any
-    pins = 0
-    refused: Exception | None = None
-    stale: Stale | None = None
+    __slots__ = ("outer", "pins", "refused", "region", "stale")
+
+    def __init__(self, region: Region, outer: Any) -> None:
+        self.region = region
+        self.outer = outer
+        self.pins = 0
+        self.refused: Exception | None = None
+        self.stale: Stale | None = None
 
 
 class _Thread(threading.local):
