@@ -63,10 +63,10 @@ from distckpt.engine import rng
 from distckpt.engine.region import Region, describe
 from distckpt.engine.replay import is_engine_hook
 from distckpt.engine.state import Frame, here, refuse, replaying
+from distckpt.errors import SavedOutputChanged, SelectiveMismatch
 from distckpt.policy.answers import CheckpointPolicy as CheckpointPolicy
 from distckpt.policy.answers import SelectiveCheckpointContext as SelectiveCheckpointContext
 from distckpt.policy.answers import for_torch, verdict
-from distckpt.policy.errors import SavedOutputChanged, SelectiveMismatch
 from distckpt.policy.kept import Calls, Changed, Entry, Kept, Store, each, shares_memory
 from distckpt.policy.operators import operator, tensors
 

@@ -13,8 +13,7 @@ import torch
 
 import distckpt as dc
 from distckpt._torch import storage_of
-from distckpt.engine.errors import PinMismatch
-from distckpt.policy.errors import NoPolicy, SavedOutputChanged, SelectiveMismatch
+from distckpt.errors import NoPolicy, PinMismatch, SavedOutputChanged, SelectiveMismatch
 from distckpt.policy.kept import Kept, kept_tensors
 from tests.engine.exact import Region, exact, leaf
 
