@@ -9,9 +9,9 @@ from distckpt.engine import checkpoint_sequential as checkpoint_sequential
 from distckpt.engine import is_recomputing as is_recomputing
 from distckpt.engine import pin as pin
 from distckpt.engine import session as session
-from distckpt.engine.devices import DefaultDeviceType as DefaultDeviceType
-from distckpt.engine.switches import set_checkpoint_debug_enabled as set_checkpoint_debug_enabled
-from distckpt.engine.switches import set_checkpoint_early_stop as set_checkpoint_early_stop
+from distckpt.engine.region import set_checkpoint_debug_enabled as set_checkpoint_debug_enabled
+from distckpt.engine.region import set_checkpoint_early_stop as set_checkpoint_early_stop
+from distckpt.engine.rng import DefaultDeviceType as DefaultDeviceType
 from distckpt.errors import CheckpointError as CheckpointError
 from distckpt.errors import DistckptError as DistckptError
 from distckpt.modules import Applied as Applied

@@ -15,7 +15,7 @@ from distckpt_backends import Backend
 
 import distckpt as dc
 from distckpt.cli.cases import AUTOCAST, CASES, Case, Region
-from distckpt.engine.options import DeterminismCheck
+from distckpt.engine.region import DeterminismCheck
 
 _OURS, _TORCHS = "dc.checkpoint", "torch's names"
 _WAYS: dict[str, Callable[[bool], Region]] = {

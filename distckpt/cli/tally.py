@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from distckpt.engine.events import counters
 from distckpt.engine.inputs import tensors
 from distckpt.engine.record import observe
+from distckpt.engine.stats import counters
 
 
 @dataclass(frozen=True)

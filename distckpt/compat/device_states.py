@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from distckpt_backends import get
 
-from distckpt.engine.devices import DefaultDeviceType, choose, current_rule, device_types
 from distckpt.engine.inputs import tensors
+from distckpt.engine.rng import DefaultDeviceType, choose, current_rule, device_types
 
 
 def _infer_device_type(*args: Any) -> str:

@@ -26,8 +26,8 @@ from distckpt.compat.checkpoint import (
     _checkpoint_without_reentrant_generator,
     _checkpoint_without_reentrant_generator_impl,
 )
-from distckpt.engine.events import counters
-from distckpt.engine.state import region_here
+from distckpt.engine.region import region_here
+from distckpt.engine.stats import counters
 from distckpt.errors import TorchAnswers
 
 # Read by name at each use, by Dynamo's identity test and torch's own operator among others: the compile stack

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from distckpt import _torch
-from distckpt.engine.options import Options
+from distckpt.engine.region import Options
 from distckpt.errors import BadPlan
 from distckpt.modules.forward import region_of
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import distckpt as dc
 from distckpt.engine import diagnose
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 
 from .exact import leaf
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import distckpt as dc
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 from distckpt.modules import libraries
 from tests.integrations.models import THEIR_WARNINGS, VOCABULARY, batch, build, same, without_cache
 
