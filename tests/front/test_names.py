@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -69,13 +70,21 @@ def test_dir_shows_public_names_alone_and_each_of_them_is_there() -> None:
     assert set(python("from distckpt import *; print(*dir())").split()) >= set(dir(dc))
 
 
+def test_what_a_type_checker_sees_is_what_there_is() -> None:
+    for module in (dc, dc.rng):
+        tree = ast.parse(Path(module.__file__ or "").read_text())
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        seen = {name.asname for node in imports for name in node.names} - {None}
+        assert seen == set(dir(module))
+
+
 def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
     for module, name in ((dc, "chekpoint"), (dc, "MixedDeviceTypes"), (dc.rng, "steam")):
         with pytest.raises(AttributeError, match=name):
             getattr(module, name)
 
 
-def test_every_coded_error_is_in_dc_errors() -> None:
+def test_every_coded_error_is_in_dc_errors_and_says_so() -> None:
     for package in (dc, distckpt_backends):
         for found in walk_packages(package.__path__, f"{package.__name__}."):
             if found.name.endswith("errors"):
@@ -89,3 +98,10 @@ def test_every_coded_error_is_in_dc_errors() -> None:
                 classes.add(kind)
     assert len(classes) > 60
     assert classes - known == set()
+    assert {kind.__module__ for kind in classes} == {"distckpt.errors", "distckpt_backends.errors"}
+
+
+def test_a_code_stands_for_one_class_and_finds_it() -> None:
+    coded = [kind for kind in vars(dc.errors).values() if getattr(kind, "code", "DC000") != "DC000"]
+    assert all(dc.errors.by_code(kind.code) is kind for kind in coded)
+    assert dc.errors.by_code("DC999") is dc.DistckptError
