@@ -60,8 +60,8 @@ from distckpt._torch import (
     without_dispatch_modes,
 )
 from distckpt.engine import rng
-from distckpt.engine.region import Frame, Region, describe, here, refuse, replaying
 from distckpt.engine.hooks import is_engine_hook
+from distckpt.engine.region import Frame, Region, describe, here, refuse, replaying
 from distckpt.errors import SavedOutputChanged, SelectiveMismatch
 from distckpt.policy.answers import CheckpointPolicy as CheckpointPolicy
 from distckpt.policy.answers import SelectiveCheckpointContext as SelectiveCheckpointContext
