@@ -39,8 +39,8 @@ if not TYPE_CHECKING:  # out of the checkers' sight, or any name at all would pa
         "": "errors compat devices rng",
         ".errors": "CheckpointError DistckptError",
         ".engine": "Session checkpoint checkpoint_sequential is_recomputing pin session",
-        ".engine.devices": "DefaultDeviceType",
-        ".engine.switches": "set_checkpoint_debug_enabled set_checkpoint_early_stop",
+        ".engine.rng": "DefaultDeviceType",
+        ".engine.region": "set_checkpoint_debug_enabled set_checkpoint_early_stop",
         ".policy": "CheckpointPolicy SelectiveCheckpointContext create_selective_checkpoint_contexts",
         ".modules": "Applied apply",
         ".ranks": "Coordinator guard_units",  # what only jobs of several ranks use comes when it is named
