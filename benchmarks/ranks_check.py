@@ -25,7 +25,7 @@ import torch.distributed as dist
 from report import table, write
 
 import distckpt as dc
-from distckpt.ranks.errors import PlansDiffer
+from distckpt.errors import PlansDiffer
 
 LAYERS = 48
 FIRSTS = 5  # first checks, with the alarm and without

@@ -1,11 +1,8 @@
 """The public names; ``distckpt`` itself is these, loaded when the first of them is asked for."""
 
-from distckpt_backends.errors import DistckptError as DistckptError
-
 from distckpt import compat as compat
 from distckpt import devices as devices
 from distckpt import rng as rng
-from distckpt.engine import CheckpointError as CheckpointError
 from distckpt.engine import Session as Session
 from distckpt.engine import checkpoint as checkpoint
 from distckpt.engine import checkpoint_sequential as checkpoint_sequential
@@ -15,6 +12,8 @@ from distckpt.engine import session as session
 from distckpt.engine.devices import DefaultDeviceType as DefaultDeviceType
 from distckpt.engine.switches import set_checkpoint_debug_enabled as set_checkpoint_debug_enabled
 from distckpt.engine.switches import set_checkpoint_early_stop as set_checkpoint_early_stop
+from distckpt.errors import CheckpointError as CheckpointError
+from distckpt.errors import DistckptError as DistckptError
 from distckpt.modules import Applied as Applied
 from distckpt.modules import apply as apply
 from distckpt.policy import CheckpointPolicy as CheckpointPolicy

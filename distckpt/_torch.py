@@ -139,7 +139,6 @@ _ORIGINALS: Any = torch.utils.checkpoint  # type: ignore[attr-defined]
 original_checkpoint = _ORIGINALS.checkpoint
 original_selective_contexts = _ORIGINALS.create_selective_checkpoint_contexts
 OriginalPolicy = _ORIGINALS.CheckpointPolicy
-OriginalCheckpointError: type[RuntimeError] = _ORIGINALS.CheckpointError
 OriginalCachingMode: Any = (
     _ORIGINALS._CachingTorchDispatchMode
 )  # users subclass the two and test with isinstance

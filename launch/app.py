@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import torch.distributed as dist
 
-from distckpt.cli.errors import CliError
 from distckpt.cli.launched import place
+from distckpt.errors import CliError
 from launch.errors import BadCheckpoint, LaunchError
 from launch.parallel import World, agree, joined, shared
 

@@ -5,47 +5,33 @@ from __future__ import annotations
 from distckpt_backends.errors import DistckptError
 
 
-class LaunchError(DistckptError):
+class LaunchError(DistckptError, code="DC500"):
     """Base of what a user of `launch/` can get wrong."""
-
-    code = "DC500"
 
     def line(self) -> str:
         """The whole error on one line, for a terminal."""
         return f"[{self.code}] {self.what}: {self.fix}"
 
 
-class BadOption(LaunchError):
+class BadOption(LaunchError, code="DC501"):
     """An option has a value that the job cannot run with."""
 
-    code = "DC501"
 
-
-class BadData(LaunchError):
+class BadData(LaunchError, code="DC502"):
     """The training data is missing, unreadable or too short."""
 
-    code = "DC502"
 
-
-class BadCheckpoint(LaunchError):
+class BadCheckpoint(LaunchError, code="DC503"):
     """There is no checkpoint to resume from, it is damaged, or it was made by a different job."""
 
-    code = "DC503"
 
-
-class UnsafeCheckpoint(LaunchError):
+class UnsafeCheckpoint(LaunchError, code="DC504"):
     """A checkpoint holds something else than data, so it is not read."""
 
-    code = "DC504"
 
-
-class WouldOverwrite(LaunchError):
+class WouldOverwrite(LaunchError, code="DC505"):
     """A run would write over later steps of another one."""
 
-    code = "DC505"
 
-
-class NotSaved(LaunchError):
+class NotSaved(LaunchError, code="DC506"):
     """A checkpoint could not be written."""
-
-    code = "DC506"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from distckpt.ranks.pipeline.errors import BadAhead
+from distckpt.errors import BadAhead
 from distckpt.ranks.pipeline.limit import limit_of
 from launch.errors import BadOption
 

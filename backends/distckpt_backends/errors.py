@@ -8,11 +8,16 @@ from typing import Any
 class DistckptError(RuntimeError):
     """A coded error that says what happened, where, why, and how to fix it.
 
-    `code` is stable and documented; subclasses set it. The message starts with ``[code] what`` and has one
-    further line for each part that is given. The parts stay readable as attributes.
+    `code` is stable and documented; a subclass names its own in its ``class`` statement. The message starts with
+    ``[code] what`` and has one further line for each part that is given. The parts stay readable as attributes.
     """
 
     code: str = "DC000"
+
+    def __init_subclass__(cls, code: str | None = None, **others: Any) -> None:
+        super().__init_subclass__(**others)
+        if code is not None:
+            cls.code = code
 
     def __init__(
         self, what: str, where: str | None = None, why: str | None = None, fix: str | None = None
@@ -37,49 +42,33 @@ def _rebuild(
     return error
 
 
-class UnknownDeviceTypeError(DistckptError):
+class UnknownDeviceTypeError(DistckptError, code="DC201"):
     """No backend is known for a device type."""
 
-    code = "DC201"
 
-
-class DuplicateBackendError(DistckptError):
+class DuplicateBackendError(DistckptError, code="DC202"):
     """Two backends claim the same device type."""
 
-    code = "DC202"
 
-
-class DeviceError(DistckptError):
+class DeviceError(DistckptError, code="DC203"):
     """A device of the wrong type, without an index, or with an index that does not exist."""
 
-    code = "DC203"
 
-
-class RngStateError(DistckptError):
+class RngStateError(DistckptError, code="DC204"):
     """A random state that this backend did not make; the generator was left as it was."""
 
-    code = "DC204"
 
-
-class GraphCaptureError(DistckptError):
+class GraphCaptureError(DistckptError, code="DC205"):
     """A random state was needed while a device graph is captured, and this torch cannot give it."""
 
-    code = "DC205"
 
-
-class BackendLoadError(DistckptError):
+class BackendLoadError(DistckptError, code="DC206"):
     """A backend exists for the device type but could not be loaded or used here."""
 
-    code = "DC206"
 
-
-class NoRngError(DistckptError):
+class NoRngError(DistckptError, code="DC207"):
     """The device type offers no way to read and put back its random state."""
 
-    code = "DC207"
 
-
-class UnsupportedTorch(DistckptError):
+class UnsupportedTorch(DistckptError, code="DC208"):
     """The installed torch lacks private names that distckpt needs."""
-
-    code = "DC208"

@@ -11,9 +11,9 @@ from typing import Any
 
 from distckpt.cli import launched, machine, neighbours
 from distckpt.cli.arguments import Options
-from distckpt.cli.errors import BadEnvironment, RankMissing, ReplayDiffers
 from distckpt.cli.gather import Ranks
 from distckpt.cli.page import Finding, Section, lines, show, wrap
+from distckpt.errors import BadEnvironment, RankMissing, ReplayDiffers
 
 SCHEMA = "distckpt.doctor/1"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from distckpt.cli.arguments import Usage, parse
 
 if TYPE_CHECKING:
-    from distckpt.cli.errors import CliError
+    from distckpt.errors import CliError
 
 OK, PROBLEM, USAGE = 0, 1, 2
 
@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Torch says this when it is imported; nothing of ours needs numpy.
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     if options.command == "run":
-        from distckpt.cli.errors import CliError
         from distckpt.cli.run import prepare
+        from distckpt.errors import CliError
 
         try:
             script = prepare(options)

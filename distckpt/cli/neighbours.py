@@ -10,9 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from distckpt.cli.errors import Conflict
 from distckpt.cli.machine import installed
 from distckpt.cli.page import Finding
+from distckpt.errors import Conflict
 
 # What these do at import; nothing is imported to find that out.
 _PATCHERS = {

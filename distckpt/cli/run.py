@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from distckpt.cli.arguments import Options
-from distckpt.cli.errors import BadUsage
 from distckpt.cli.script import hide_our_frames, module, script
+from distckpt.errors import BadUsage
 
 SCHEMA = "distckpt.run/1"
 

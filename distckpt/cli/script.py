@@ -13,7 +13,7 @@ import zipimport
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from distckpt.cli.errors import NoScript
+from distckpt.errors import NoScript
 
 
 def script(path: str, arguments: Sequence[str]) -> Callable[[], None]:

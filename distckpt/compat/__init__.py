@@ -7,10 +7,10 @@ from distckpt.compat.composable import checkpoint as composable_checkpoint
 from distckpt.compat.device_states import get_device_states, set_device_states
 from distckpt.compat.install import install
 from distckpt.engine.devices import DefaultDeviceType
-from distckpt.engine.errors import CheckpointError
 from distckpt.engine.reentrant import CheckpointFunction, check_backward_validity, detach_variable
 from distckpt.engine.sessions import GraphExecGroup
 from distckpt.engine.switches import set_checkpoint_debug_enabled, set_checkpoint_early_stop
+from distckpt.errors import CheckpointError
 from distckpt.policy.selective import SAC_IGNORED_OPS, CheckpointPolicy, SelectiveCheckpointContext
 from distckpt.policy.selective import (
     create_selective_checkpoint_contexts as create_selective_checkpoint_contexts,

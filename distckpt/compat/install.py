@@ -26,9 +26,9 @@ from distckpt.compat.checkpoint import (
     _checkpoint_without_reentrant_generator,
     _checkpoint_without_reentrant_generator_impl,
 )
-from distckpt.compat.errors import TorchAnswers
 from distckpt.engine.events import counters
 from distckpt.engine.state import region_here
+from distckpt.errors import TorchAnswers
 
 # Read by name at each use, by Dynamo's identity test and torch's own operator among others: the compile stack
 # follows torch.utils.checkpoint by itself, and what it bound at import (enum members, mode classes that its dispatch

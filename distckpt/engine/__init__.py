@@ -2,7 +2,6 @@
 
 from distckpt.engine.api import checkpoint as checkpoint
 from distckpt.engine.api import checkpoint_sequential as checkpoint_sequential
-from distckpt.engine.errors import CheckpointError as CheckpointError
 from distckpt.engine.pins import pin as pin
 from distckpt.engine.sessions import Session as Session
 from distckpt.engine.sessions import session as session

@@ -13,10 +13,10 @@ import torch
 from distckpt._torch import skip_frame, torch_operator
 from distckpt.engine import misuse
 from distckpt.engine.call import run
-from distckpt.engine.errors import BadOption, NotAFunction, OptionCollision
 from distckpt.engine.inputs import Wrapping
 from distckpt.engine.options import DEFAULT, ContextFn, DeterminismCheck, Options, Partition
 from distckpt.engine.reentrant import reentrant
+from distckpt.errors import BadOption, NotAFunction, OptionCollision
 
 P = ParamSpec("P")
 T = TypeVar("T")

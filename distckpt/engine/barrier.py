@@ -24,9 +24,9 @@ from distckpt_backends import Backend
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from distckpt._torch import node_number, nodes_since
-from distckpt.engine.errors import LoopDraws, UnitInsideRegion
 from distckpt.engine.inputs import tensors
 from distckpt.engine.rng import Draw
+from distckpt.errors import LoopDraws, UnitInsideRegion
 
 
 class Tie:

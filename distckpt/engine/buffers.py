@@ -24,7 +24,7 @@ import torch
 from torch.nn import Module
 
 from distckpt._torch import BatchNorm, dispatch_mode_is_on, preserve_versions, without_dispatch_modes
-from distckpt.engine.errors import BufferChanged
+from distckpt.errors import BufferChanged
 
 _PLAIN = frozenset({int, float, str, bool, type(None), torch.Tensor})
 _OPAQUE = frozenset(

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from distckpt._torch import skip_frame, torch_operator
-from distckpt.engine.errors import BadOption
 from distckpt.engine.options import Options
 from distckpt.engine.record import record
+from distckpt.errors import BadOption
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 

@@ -15,7 +15,7 @@ import torch
 from distckpt_backends import Backend
 from distckpt_backends.rule import select
 
-from distckpt.engine.errors import BadOption, MixedDeviceTypes
+from distckpt.errors import BadOption, MixedDeviceTypes
 
 _RULES = ("error", "warn", "all")
 _rule: ContextVar[str | None] = ContextVar("distckpt.devices.rule", default=None)

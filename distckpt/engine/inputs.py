@@ -20,7 +20,7 @@ import torch
 from torch.nn import Parameter
 
 from distckpt._torch import SavedTensor, make_saved_tensor
-from distckpt.engine.errors import InputChanged
+from distckpt.errors import InputChanged
 
 _Tensor = torch.Tensor
 ATOMS = frozenset({int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size})

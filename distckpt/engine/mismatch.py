@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from distckpt import errors
 from distckpt._torch import without_dispatch_modes
-from distckpt.engine import errors
 from distckpt.engine.inputs import tensors
 from distckpt.engine.scripted import optimised, optimised_graphs
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from distckpt.engine.errors import BadOption, LazyFunction, NeedsArguments, NotAFunction
+from distckpt.errors import BadOption, LazyFunction, NeedsArguments, NotAFunction
 
 # What calling a generator function or a coroutine function returns: nothing of its body has run.
 LAZY = frozenset({GeneratorType, CoroutineType, AsyncGeneratorType})

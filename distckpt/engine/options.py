@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
-from distckpt.engine.errors import BadOption
+from distckpt.errors import BadOption
 
 
 class Partition(Protocol):

@@ -25,9 +25,9 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distckpt.engine.errors import ParameterRead
 from distckpt.engine.inputs import check_marks, give_back, marks, memory, own_tensor
 from distckpt.engine.state import Frame, here
+from distckpt.errors import ParameterRead
 
 if TYPE_CHECKING:
     from distckpt.engine.buffers import Holders

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 
 from distckpt._torch import open_node
-from distckpt.engine.errors import PinMismatch
 from distckpt.engine.state import Frame, here, refuse
+from distckpt.errors import PinMismatch
 
 T = TypeVar("T")
 

@@ -40,7 +40,6 @@ from distckpt.engine import (
 )
 from distckpt.engine.barrier import Tie
 from distckpt.engine.devices import choose, current_rule, device_types, stashed_backends
-from distckpt.engine.errors import LateDevice, SuppressedException, UnstashedDraw
 from distckpt.engine.events import counters
 from distckpt.engine.inputs import Scan, own_call, tensors
 from distckpt.engine.options import Options
@@ -50,6 +49,7 @@ from distckpt.engine.slot import Slot
 from distckpt.engine.state import here
 from distckpt.engine.traced import Traced
 from distckpt.engine.verify import Verifier
+from distckpt.errors import LateDevice, SuppressedException, UnstashedDraw
 
 _ref = weakref.ref
 _Tensor = torch.Tensor

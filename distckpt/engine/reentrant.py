@@ -22,7 +22,6 @@ from distckpt._torch import (
     reentrant_backward_allowed,
 )
 from distckpt.engine.barrier import Tie
-from distckpt.engine.errors import BadOption, ScannedRegion
 from distckpt.engine.events import failed
 from distckpt.engine.inputs import tensors
 from distckpt.engine.options import Options
@@ -31,6 +30,7 @@ from distckpt.engine.region import Region
 from distckpt.engine.replay import replay, stays
 from distckpt.engine.state import here
 from distckpt.engine.turns import waiting_for
+from distckpt.errors import BadOption, ScannedRegion
 
 
 def detach_variable(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

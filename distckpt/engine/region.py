@@ -26,7 +26,6 @@ from distckpt.engine.barrier import Tie
 from distckpt.engine.buffers import Holders
 from distckpt.engine.closure import Captured, Names
 from distckpt.engine.doubt import Doubtful, settle
-from distckpt.engine.errors import BatchedReplay
 from distckpt.engine.events import failed
 from distckpt.engine.mismatch import mutated
 from distckpt.engine.modes import other_way
@@ -38,6 +37,7 @@ from distckpt.engine.traced import Traced
 from distckpt.engine.turns import owners as turns
 from distckpt.engine.turns import waiting_for
 from distckpt.engine.verify import Verifier
+from distckpt.errors import BatchedReplay
 
 _ref = weakref.ref
 

@@ -35,12 +35,12 @@ from distckpt._torch import (
 )
 from distckpt.engine import ambient, closure, inputs, parameters, rng
 from distckpt.engine.doubt import doubt
-from distckpt.engine.errors import ReplayError
 from distckpt.engine.events import counters
 from distckpt.engine.inputs import Packed, check_marks, give_back, marks
 from distckpt.engine.mismatch import Mismatch
 from distckpt.engine.state import Frame, here
 from distckpt.engine.turns import Turn
+from distckpt.errors import ReplayError
 
 if TYPE_CHECKING:
     from distckpt.engine.region import Region

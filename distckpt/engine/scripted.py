@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from distckpt.engine.errors import ScriptMismatch
 from distckpt.engine.inputs import tensors
+from distckpt.errors import ScriptMismatch
 
 
 def optimised_graphs(out: Any, inputs: Iterable[torch.Tensor]) -> int:

@@ -21,8 +21,8 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from distckpt._torch import tls_get, tls_set
-from distckpt.engine.errors import CheckpointError, SessionError
 from distckpt.engine.state import here
+from distckpt.errors import CheckpointError, SessionError
 
 if TYPE_CHECKING:
     from distckpt.engine.region import Region

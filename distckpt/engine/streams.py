@@ -11,7 +11,7 @@ import torch
 from distckpt_backends.state import memcmp
 
 from distckpt._torch import without_dispatch_modes
-from distckpt.engine.errors import StreamError
+from distckpt.errors import StreamError
 
 
 class Stream:

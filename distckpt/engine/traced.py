@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from distckpt._torch import OriginalPolicy
-from distckpt.engine.errors import ScannedDropout, ScannedRegion
 from distckpt.engine.options import Options
+from distckpt.errors import ScannedDropout, ScannedRegion
 
 _ids = itertools.count(1)  # one per region: a partitioner keeps what lies between two regions
 

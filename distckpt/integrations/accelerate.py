@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 
-from distckpt.integrations.errors import BothSwitches
+from distckpt.errors import BothSwitches
 from distckpt.modules import apply, regions
 
 

@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import Cache, PreTrainedModel
 
 from distckpt.engine import pin
-from distckpt.integrations.errors import BothSwitches, OldFormat
-from distckpt.modules import AlreadyRegion
+from distckpt.errors import AlreadyRegion, BothSwitches, OldFormat
 from distckpt.modules.forward import region_of
 
 try:

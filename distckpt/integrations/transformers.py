@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from distckpt.integrations.errors import BothSwitches
+from distckpt.errors import BothSwitches
 from distckpt.modules import Applied, apply
 
 

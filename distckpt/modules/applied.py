@@ -11,11 +11,10 @@ import torch
 
 from distckpt import _torch
 from distckpt.engine.api import make_options
-from distckpt.engine.errors import BadOption
 from distckpt.engine.misuse import unknown_option
 from distckpt.engine.options import ContextFn, DeterminismCheck, Options, Partition
+from distckpt.errors import AlreadyRegion, BadOption, NotAModel
 from distckpt.modules.choice import Choice, choose
-from distckpt.modules.errors import AlreadyRegion, NotAModel
 from distckpt.modules.forward import ModuleRegion, region_of
 from distckpt.modules.libraries import libraries, plain
 

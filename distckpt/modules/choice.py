@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from distckpt.modules.errors import BadChoice, NeverCalled, NoMatch
+from distckpt.errors import BadChoice, NeverCalled, NoMatch
 from distckpt.modules.globs import select
 from distckpt.modules.libraries import default_layers
 

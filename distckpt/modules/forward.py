@@ -20,7 +20,7 @@ import torch
 from distckpt._torch import skip_frame
 from distckpt.engine.call import run
 from distckpt.engine.options import Options
-from distckpt.modules.errors import AlreadyRegion, ModuleGone, Rebound
+from distckpt.errors import AlreadyRegion, ModuleGone, Rebound
 
 _OPERATOR_NAMES = frozenset({"function", *(field.name for field in fields(Options)), "use_reentrant"})
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from distckpt.modules.errors import UnknownModel
+from distckpt.errors import UnknownModel
 
 
 class Library(Protocol):

@@ -6,7 +6,7 @@ import enum
 from typing import TYPE_CHECKING, Any
 
 from distckpt._torch import OriginalPolicy
-from distckpt.policy.errors import NoPolicy, OffloadRefused
+from distckpt.errors import NoPolicy, OffloadRefused
 
 
 class _Policy(enum.Enum):

@@ -88,6 +88,10 @@ class Entry:
         self.after = after
         self.at = at
 
+    def moved(self) -> bool:
+        """Whether the output's own version counter tells of a change; torch's engine looks at nothing else."""
+        return any(kept.value._version != kept.version for kept in kept_tensors(self.out))
+
 
 class Calls:
     """The calls of one operator in one region: how many the record made and the replay has made, and what is kept."""

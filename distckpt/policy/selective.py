@@ -7,8 +7,9 @@ Note [Kept outputs]
     A kept output is found by its operator and by how many calls of that operator came before it, those included that
     raised. In a region of ``dc.*`` it may be asked for again, by a second backward or a double backward: it is
     dropped at its use only when the backward that replays the region frees the graph, and one that is gone is
-    computed again. In ``compat`` a second use is torch's error. What no replay reaches, because nothing is saved after
-    it, is let go when the record ends.
+    computed again. In ``compat`` a second use is torch's error. One that was changed without its own version counter
+    telling is none there, as torch's engine passes over it, and is computed again. What no replay reaches, because
+    nothing is saved after it, is let go when the record ends.
 
 Note [Whose operators]
     A mode sees every operator that runs while it is on, also those of a replay that a gradient taken inside causes:
@@ -63,10 +64,10 @@ from distckpt.engine import rng
 from distckpt.engine.region import Region, describe
 from distckpt.engine.replay import is_engine_hook
 from distckpt.engine.state import Frame, here, refuse, replaying
+from distckpt.errors import SavedOutputChanged, SelectiveMismatch
 from distckpt.policy.answers import CheckpointPolicy as CheckpointPolicy
 from distckpt.policy.answers import SelectiveCheckpointContext as SelectiveCheckpointContext
 from distckpt.policy.answers import for_torch, verdict
-from distckpt.policy.errors import SavedOutputChanged, SelectiveMismatch
 from distckpt.policy.kept import Calls, Changed, Entry, Kept, Store, each, shares_memory
 from distckpt.policy.operators import Operator, operator, tensors
 
@@ -367,6 +368,8 @@ class CachedMode(_Selective, OriginalCachedMode):
             r = self.region
             if r is not None and entry.at >= len(r.refs):
                 return func(*args, **kwargs)  # nothing was saved after it: the replay only passes by
+            if not (strict or entry.moved() or calls.operator.draws):
+                return func(*args, **kwargs)  # see Note [Kept outputs]
             self._refuse(
                 SavedOutputChanged(
                     _CHANGED,

@@ -9,7 +9,7 @@ from typing import Any
 
 from distckpt_backends.errors import DistckptError
 
-from distckpt.ranks.errors import MixedRankDevices, ModelsDiffer, PlansDiffer, RanksDisagree, StageMissing
+from distckpt.errors import MixedRankDevices, ModelsDiffer, PlansDiffer, RanksDisagree, StageMissing
 from distckpt.ranks.meeting import Verdict, spans
 from distckpt.ranks.regionplan import canonical, describe, differences
 from distckpt.ranks.signature import different

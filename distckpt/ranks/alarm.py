@@ -34,7 +34,7 @@ import torch.distributed as dist
 
 from distckpt import _torch_dist
 from distckpt.engine.events import on_failed_replay
-from distckpt.ranks.errors import RemoteReplayFailed
+from distckpt.errors import RemoteReplayFailed
 from distckpt.ranks.meeting import Channel, Verdict
 
 EXIT_CODE = 86

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from distckpt.engine.errors import BadOption
+from distckpt.errors import BadOption
 from distckpt.ranks import exchange
 from distckpt.ranks.agreement import judge, judge_work
 from distckpt.ranks.alarm import Alarm, start

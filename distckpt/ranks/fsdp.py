@@ -12,12 +12,19 @@ import torch.distributed as dist
 
 from distckpt._torch import checkpointed_by
 from distckpt._torch_dist import UNITS_IN_REPLAYS, fsdp_state, fully_shard_options
-from distckpt.engine.errors import BadOption
-from distckpt.modules import Applied, BadChoice, NoMatch, NotAModel, apply, choose
+from distckpt.errors import (
+    BadChoice,
+    BadOption,
+    CannotShard,
+    NoMatch,
+    NotAModel,
+    UnitsInsideRegion,
+    UnknownOption,
+)
+from distckpt.modules import Applied, apply, choose
 from distckpt.modules import regions as regions_on
 from distckpt.modules.choice import Choice
 from distckpt.ranks import fsdp_units
-from distckpt.ranks.fsdp_errors import CannotShard, UnitsInsideRegion, UnknownOption
 from distckpt.ranks.fsdp_replay import guard_units
 
 

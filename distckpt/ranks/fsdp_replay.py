@@ -24,8 +24,7 @@ from distckpt._torch_dist import (
     unit_enters_replay,
 )
 from distckpt.engine import is_recomputing
-from distckpt.modules import NotAModel
-from distckpt.ranks.fsdp_errors import GatherOutsideBackward
+from distckpt.errors import GatherOutsideBackward, NotAModel
 
 
 class UnitGuard:

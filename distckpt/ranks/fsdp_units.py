@@ -13,10 +13,18 @@ from typing import Any, TypeAlias
 import torch
 
 from distckpt._torch_dist import sharded_by
-from distckpt.modules import BadChoice, NeverCalled, NoMatch, choose
+from distckpt.errors import (
+    AlreadySharded,
+    BadChoice,
+    CannotShard,
+    NeverCalled,
+    NoMatch,
+    SharedAcrossUnits,
+    UnknownUnit,
+)
+from distckpt.modules import choose
 from distckpt.modules.choice import Choice, One, parts_of
 from distckpt.modules.globs import compile_glob
-from distckpt.ranks.fsdp_errors import AlreadySharded, CannotShard, SharedAcrossUnits, UnknownUnit
 
 Units: TypeAlias = "One | Iterable[One | tuple[One, ...] | list[One]]"
 

@@ -30,10 +30,9 @@ from distckpt._torch import (
     without_dispatch_modes,
 )
 from distckpt._torch_dist import all_gather
-from distckpt.engine.errors import InputChanged
 from distckpt.engine.inputs import Packed
+from distckpt.errors import GatherMismatch, InputChanged
 from distckpt.ranks.pieces import Piece, digest
-from distckpt.ranks.streams_errors import GatherMismatch
 
 if TYPE_CHECKING:
     from distckpt.ranks.partition import Partition

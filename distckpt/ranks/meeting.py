@@ -42,7 +42,7 @@ import torch.distributed as dist
 from distckpt_backends.errors import DistckptError
 
 from distckpt import _torch_dist
-from distckpt.ranks.errors import NoStore, RankFailed, RanksMissing, RemoteReplayFailed, by_code
+from distckpt.errors import NoStore, RankFailed, RanksMissing, RemoteReplayFailed, by_code
 from distckpt.ranks.world import World
 
 GRACE = 10.0  # seconds, or half of the timeout, that a rank which judges has, before another takes its place

@@ -16,8 +16,8 @@ import torch
 
 from distckpt import _torch
 from distckpt.engine.options import Options
+from distckpt.errors import BadPlan
 from distckpt.modules.forward import region_of
-from distckpt.ranks.errors import BadPlan
 
 VERSION = 1
 Regions = Mapping[str, Any]  # dotted name -> {"by": what made it a region, "options": {...}}

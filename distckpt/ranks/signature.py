@@ -19,7 +19,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from distckpt import _torch_dist
-from distckpt.engine.errors import BadOption
+from distckpt.errors import BadOption
 from distckpt.ranks.regionplan import WRAPPED, canonical, digest, without_wrappers
 from distckpt.ranks.streams import ALIASES
 

@@ -15,8 +15,7 @@ from distckpt_backends import get as backend_for
 import distckpt
 from distckpt.engine import streams
 from distckpt.engine.devices import DefaultDeviceType, device_types
-from distckpt.engine.errors import BadOption
-from distckpt.ranks.errors import MixedRankDevices, PlanNotMet, StageMissing
+from distckpt.errors import BadOption, MixedRankDevices, PlanNotMet, StageMissing
 from distckpt.ranks.meeting import Verdict, failed
 from distckpt.ranks.regionplan import RegionPlan, canonical, describe, differences, digest, plain
 from distckpt.ranks.signature import Place, Signature, dimensions

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from distckpt.errors import StreamsDisagree
 from distckpt.ranks import exchange
-from distckpt.ranks.streams_errors import StreamsDisagree
 from distckpt.ranks.switch import DEFAULT, Stream, generators, switch
 
 _DRAWS = 64

@@ -19,9 +19,9 @@ from typing import Any
 
 from distckpt.engine import streams as engine_streams
 from distckpt.engine.rng import Generator
+from distckpt.errors import UnsavableStream, WrongState
 from distckpt.ranks import exchange, plain_data
 from distckpt.ranks.plain_data import NotPlain
-from distckpt.ranks.streams_errors import UnsavableStream, WrongState
 from distckpt.ranks.switch import DEFAULT, Stream, generators, switch
 
 _VERSION = 2

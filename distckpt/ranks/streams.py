@@ -28,8 +28,8 @@ from typing import Any
 from distckpt import _torch_dist
 from distckpt._torch import call_without_dynamo, dynamo_callback, opaque_to_dynamo
 from distckpt.engine import streams as engine_streams
+from distckpt.errors import BadStreams
 from distckpt.ranks import exchange
-from distckpt.ranks.streams_errors import BadStreams
 from distckpt.ranks.switch import DEFAULT, Frame, Stream, switch
 
 STREAMS: dict[str, tuple[str, ...]] = {

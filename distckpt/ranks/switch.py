@@ -28,7 +28,7 @@ from distckpt._torch import graph_task_id
 from distckpt.engine import streams
 from distckpt.engine.rng import Generator
 from distckpt.engine.state import is_recomputing
-from distckpt.ranks.streams_errors import StreamInUse, UnknownStream
+from distckpt.errors import StreamInUse, UnknownStream
 
 DEFAULT = "default"  # the stream that a process has anyway
 _CPU = Generator(get("cpu"), torch.device("cpu"))

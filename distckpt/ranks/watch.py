@@ -26,8 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distckpt import _torch_dist
 from distckpt.engine.region import describe
 from distckpt.engine.state import is_recomputing, region_here
+from distckpt.errors import CollectivesDiffer
 from distckpt.ranks.agreement import ranks as named
-from distckpt.ranks.errors import CollectivesDiffer
 from distckpt.ranks.meeting import Channel, Verdict
 from distckpt.ranks.regionplan import digest
 from distckpt.ranks.statement import listed

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from distckpt.ranks.errors import WorldChanged, WorldMismatch
+from distckpt.errors import WorldChanged, WorldMismatch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import distckpt as dc
-from distckpt.engine.errors import MixedDeviceTypes, UnstashedDraw
+from distckpt.errors import MixedDeviceTypes, UnstashedDraw
 from tests.fakes.module import FakeModule
 
 

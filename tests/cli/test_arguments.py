@@ -7,8 +7,8 @@ import argparse
 import pytest
 
 from distckpt.cli.arguments import WIDTH, Usage, parse, parser
-from distckpt.cli.errors import BadUsage
 from distckpt.cli.main import main
+from distckpt.errors import BadUsage
 
 from .process import distckpt, python
 

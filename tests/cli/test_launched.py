@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from distckpt.cli.errors import BadEnvironment
 from distckpt.cli.launched import Place, findings, place
+from distckpt.errors import BadEnvironment
 
 TORCHRUN = {
     "RANK": "1",

@@ -6,8 +6,8 @@ import io
 
 import pytest
 
-from distckpt.cli.errors import BadEnvironment
 from distckpt.cli.page import Finding, Section, lines, show
+from distckpt.errors import BadEnvironment
 
 LONG = " ".join(f"{10**n}" for n in range(30))
 SECTION = Section(

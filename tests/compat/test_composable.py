@@ -15,7 +15,8 @@ from torch.distributed._composable.contract import _get_registry
 
 from distckpt.compat.composable import composable_checkpoint
 from distckpt.engine.events import counters
-from distckpt.modules import AlreadyRegion, apply
+from distckpt.errors import AlreadyRegion
+from distckpt.modules import apply
 
 
 class Net(nn.Module):

@@ -94,3 +94,17 @@ def _without_hooks(body: tuple[p.Step, ...], kinds: tuple[str, ...]) -> tuple[p.
         else:
             steps.append(step)
     return tuple(steps)
+
+
+def without_writes(program: p.Program) -> p.Program:
+    """Return the program with every in-place operator on a copy of its own."""
+    return replace(program, body=_without_writes(program.body))
+
+
+def _without_writes(body: tuple[p.Step, ...]) -> tuple[p.Step, ...]:
+    steps: list[p.Step] = []
+    for step in body:
+        if isinstance(step, p.InnerGrad | p.Within | p.Region):
+            step = replace(step, body=_without_writes(step.body))
+        steps.append(replace(step, fresh=True) if isinstance(step, p.InPlace) else step)
+    return tuple(steps)

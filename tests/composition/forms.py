@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .interpret import Machine
 
 Tensors = Sequence[torch.Tensor]
+MODULES = ("module", "apply", "functional")  # forms where a region's body is in a module
 read_by_name: torch.Tensor | None = None  # the global name that regions read, each in globals of its own
 
 
@@ -64,7 +65,9 @@ def call(
     by_way: dict[str, list[torch.Tensor]] = {}
     for src, how in step.inputs:
         by_way.setdefault(how, []).append(env[src % len(env)])
-    machine.note(by_way)
+    # what only a function in a module's attribute names is read live
+    loose = {"closure", "cell"} if step.form in MODULES else {"closure"}
+    machine.note(by_way, loose)
     closed = by_way.get("closure", [])
     cell = by_way.get("cell", [None])[0]
     # closed over by name, because that is where a region looks for modules that its function may change
@@ -84,7 +87,7 @@ def call(
         return pack(step.output, inner)
 
     fn: Any = run
-    if step.form in ("module", "apply", "functional"):
+    if step.form in MODULES:
         fn = Body(machine, run)
     elif "global" in by_way:
         names = {**globals(), "read_by_name": by_way["global"][0]}
@@ -140,7 +143,7 @@ def _loop(
         return pack(step.output, inner)
 
     for scale in (1.5, 0.5):
-        machine.note({"cell": [x]})
+        machine.note({"cell": [x]}, set())
         x = region(lambda **kwargs: body(x * scale))[-1]  # noqa: B023 - what people write
     out = x
     if step.rebound:

@@ -31,7 +31,7 @@ class Outcome:
     """Labelled tensors in the order they came to be, or the error that stopped the run.
 
     ``changed`` tells (plain runs only) how an input of some region was changed in place after the region
-    began: not at all, through a value the region owns, or through one it only closes over.
+    began: not at all, through a value the region owns, or one that it reads live.
     """
 
     values: list[tuple[str, torch.Tensor | None]] = field(default_factory=list)
@@ -157,10 +157,10 @@ class Machine:
             assert self.gru is not None
             return self.gru(x)[0]
 
-    def note(self, inputs: dict[str, list[torch.Tensor]]) -> None:
-        """Remember what a region takes, by way, to tell later whether it was changed in place."""
+    def note(self, inputs: dict[str, list[torch.Tensor]], loose: set[str]) -> None:
+        """Remember what a region takes, by way, to tell later whether it was changed; ``loose`` is read live."""
         if self.engine.module is None:
-            self.entered += [(x, x._version, way == "closure") for way, xs in inputs.items() for x in xs]
+            self.entered += [(x, x._version, way in loose) for way, xs in inputs.items() for x in xs]
 
     def hooked(self, x: torch.Tensor) -> torch.Tensor:
         """Pass a value through a hook that halves its gradient and counts its calls."""
@@ -227,7 +227,7 @@ def _is_leaf(x: torch.Tensor) -> bool:
 
 def _changed(machine: Machine) -> str:
     changed = [loose for x, version, loose in machine.entered if x._version != version]
-    return "no" if not changed else "closure" if any(changed) else "owned"
+    return "no" if not changed else "live" if any(changed) else "owned"
 
 
 def _run(machine: Machine) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import distckpt as dc
 
@@ -254,3 +255,21 @@ def test_hooks_on_a_kept_output_under_copying_hooks_run_in_a_second_backward_too
     outer = p.Region((inner,), ((0, "arg"),), "tensor", "function", options)
     program = p.Program((p.Within("hooks", (outer,)),), "backward twice", 0, 1, False, False, False, 0)
     assert judge(program, engine("dc")).kind == "equal"
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_a_region_of_compat_writes_into_a_keyword_in_every_replay(early_stop: bool) -> None:
+    # without early stop torch's nested region is replayed twice more, and so writes twice more
+    def writes(checkpoint: Callable[..., torch.Tensor]) -> float:
+        region = partial(checkpoint, use_reentrant=False, early_stop=early_stop)
+
+        def change(x: torch.Tensor) -> torch.Tensor:
+            leaf = x.add_(1.0).detach().requires_grad_()
+            return torch.autograd.grad(F.dropout(leaf).sum(), leaf)[0]
+
+        x = torch.zeros(1)
+        region(lambda *, x: region(change, x), x=x)
+        return x.item()
+
+    assert writes(dc.compat.checkpoint) == 2.0
+    assert writes(torch_checkpoint) == (2.0 if early_stop else 4.0)

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import distckpt as dc
-from distckpt.engine import errors
+from distckpt import errors
 from distckpt.engine.api import OPTION_NAMES
-from distckpt.engine.errors import BadOption, OptionCollision
+from distckpt.errors import BadOption, OptionCollision
 from tests.processes import run
 
 from .exact import Region, counted, exact, leaf

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import distckpt as dc
-from distckpt.engine.errors import BufferChanged, ParameterChanged
+from distckpt.errors import BufferChanged, ParameterChanged
 
 from .exact import Region, exact, leaf
 

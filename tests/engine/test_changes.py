@@ -12,7 +12,7 @@ from torch import nn
 
 import distckpt as dc
 from distckpt import compat
-from distckpt.engine.errors import InputChanged, ParameterChanged, ReplayError
+from distckpt.errors import InputChanged, ParameterChanged, ReplayError
 
 from .exact import Region, exact, leaf, plain, same_bits
 

@@ -19,7 +19,7 @@ from torch import nn
 
 import distckpt as dc
 import distckpt.compat
-from distckpt.engine.errors import InputChanged
+from distckpt.errors import InputChanged
 
 from .exact import counted, leaf, plain, same_bits
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import distckpt as dc
-from distckpt.engine.errors import BadOption, LateDevice
+from distckpt.errors import BadOption, LateDevice
 from tests.fakes.module import FakeModule
 from tests.fakes.pair import run_pair_file
 

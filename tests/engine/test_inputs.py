@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import distckpt as dc
-from distckpt.engine.errors import InputChanged
+from distckpt.errors import InputChanged
 
 from .exact import Region, exact, leaf
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import distckpt as dc
-from distckpt.engine.errors import ValueMismatch
+from distckpt.errors import ValueMismatch
 
 from .exact import leaf
 

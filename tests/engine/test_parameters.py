@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 
 import distckpt as dc
-from distckpt.engine.errors import ParameterRead, ReplayError
+from distckpt.errors import ParameterRead, ReplayError
 
 from .exact import exact, leaf
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import distckpt as dc
-from distckpt.engine.errors import BadOption
 from distckpt.engine.inputs import Packed, own
+from distckpt.errors import BadOption
 
 from .exact import Region, exact, leaf
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import distckpt as dc
-from distckpt.engine.errors import PinMismatch
+from distckpt.errors import PinMismatch
 
 from .exact import Region, exact, leaf
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import distckpt as dc
 from distckpt.engine import rng
-from distckpt.engine.errors import DrawMismatch, StreamError, ValueMismatch
+from distckpt.errors import DrawMismatch, StreamError, ValueMismatch
 
 from .exact import Region, exact, leaf, plain, same_bits
 

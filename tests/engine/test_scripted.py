@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import distckpt as dc
-from distckpt.engine.errors import ScriptMismatch
+from distckpt.errors import ScriptMismatch
 
 from .exact import Region, counted, exact, leaf, plain, same_bits
 from .test_threads import together

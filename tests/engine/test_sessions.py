@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 import distckpt as dc
-from distckpt.engine.errors import SessionError
 from distckpt.engine.events import counters
+from distckpt.errors import SessionError
 
 from .exact import counted, exact, leaf
 

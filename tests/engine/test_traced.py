@@ -10,9 +10,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from distckpt._torch import node_number, nodes_since, traced_graph
-from distckpt.engine.errors import ScannedDropout, ScannedRegion
 from distckpt.engine.options import DEFAULT, Options
 from distckpt.engine.traced import Traced
+from distckpt.errors import ScannedDropout, ScannedRegion
 
 x = torch.ones(4)
 

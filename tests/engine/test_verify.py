@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import distckpt as dc
-from distckpt.engine.errors import CountMismatch, MetadataMismatch, ValueMismatch
 from distckpt.engine.verify import checksum
+from distckpt.errors import CountMismatch, MetadataMismatch, ValueMismatch
 
 from .exact import Region, exact, leaf
 

@@ -75,7 +75,7 @@ def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
             getattr(module, name)
 
 
-def test_every_coded_error_is_in_dc_errors() -> None:
+def test_every_coded_error_is_in_dc_errors_and_says_so() -> None:
     for package in (dc, distckpt_backends):
         for found in walk_packages(package.__path__, f"{package.__name__}."):
             if found.name.endswith("errors"):
@@ -89,3 +89,10 @@ def test_every_coded_error_is_in_dc_errors() -> None:
                 classes.add(kind)
     assert len(classes) > 60
     assert classes - known == set()
+    assert {kind.__module__ for kind in classes} == {"distckpt.errors", "distckpt_backends.errors"}
+
+
+def test_a_code_stands_for_one_class_and_finds_it() -> None:
+    coded = [kind for kind in vars(dc.errors).values() if getattr(kind, "code", "DC000") != "DC000"]
+    assert all(dc.errors.by_code(kind.code) is kind for kind in coded)
+    assert dc.errors.by_code("DC999") is dc.DistckptError

@@ -20,8 +20,8 @@ pytest.importorskip("accelerate", reason="the extra 'hf' is not installed")
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from distckpt.errors import BothSwitches
 from distckpt.integrations.accelerate import DistckptPlugin
-from distckpt.integrations.errors import BothSwitches
 from tests.integrations.models import LAYERS, batch, build, without_cache
 from tests.processes import run
 from tests.ranks.spawn import ROOT, run_ranks

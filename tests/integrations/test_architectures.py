@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import distckpt as dc
-from distckpt.modules import UnknownModel
+from distckpt.errors import UnknownModel
 
 transformers = pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
 

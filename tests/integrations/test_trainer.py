@@ -15,7 +15,7 @@ from distckpt.modules import regions
 transformers = pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
 pytest.importorskip("accelerate", reason="the extra 'hf' is not installed")
 
-from distckpt.integrations.errors import BothSwitches  # noqa: E402
+from distckpt.errors import BothSwitches  # noqa: E402
 from distckpt.integrations.transformers import DistckptCallback  # noqa: E402
 from tests.integrations.models import LAYERS, THEIR_WARNINGS, VOCABULARY, build, without_cache  # noqa: E402
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 import distckpt as dc
-from distckpt.engine.errors import InputChanged
 from distckpt.engine.events import counters
-from distckpt.modules import AlreadyRegion, UnknownModel, regions
+from distckpt.errors import AlreadyRegion, InputChanged, UnknownModel
+from distckpt.modules import regions
 
 transformers = pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
 
-from distckpt.integrations.errors import BothSwitches, OldFormat  # noqa: E402
+from distckpt.errors import BothSwitches, OldFormat  # noqa: E402
 from tests.integrations.models import LAYERS, NAMES, batch, build, same, step, without_cache  # noqa: E402
 from tests.processes import run  # noqa: E402
 

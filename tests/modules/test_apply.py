@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from distckpt.engine import is_recomputing
-from distckpt.engine.errors import BadOption
 from distckpt.engine.events import counters
-from distckpt.modules import AlreadyRegion, ModuleGone, NeverCalled, NoMatch, Rebound, apply, regions
+from distckpt.errors import AlreadyRegion, BadOption, ModuleGone, NeverCalled, NoMatch, Rebound
+from distckpt.modules import apply, regions
 from tests.modules.models import Block, Model, same, step
 
 

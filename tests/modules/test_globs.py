@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distckpt.modules.errors import NoMatch
+from distckpt.errors import NoMatch
 from distckpt.modules.globs import compile_glob, select
 
 NAMES = [

@@ -11,7 +11,8 @@ import torch
 
 import distckpt as dc
 from distckpt.engine.events import counters
-from distckpt.modules import NoMatch, UnknownModel, libraries, regions
+from distckpt.errors import NoMatch, UnknownModel
+from distckpt.modules import libraries, regions
 from tests.modules.models import Model, same, step
 
 Theirs = type("Theirs", (Model,), {"__module__": "somebody.models"})

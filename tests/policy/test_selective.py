@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distckpt as dc
-from distckpt.engine.errors import BufferChanged
-from distckpt.policy.errors import NoPolicy, OffloadRefused, SavedOutputChanged
+from distckpt.errors import BufferChanged, NoPolicy, OffloadRefused, SavedOutputChanged
 from tests.engine.exact import Region, exact, leaf
 
 aten = torch.ops.aten

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import distckpt as dc
-from distckpt.engine.errors import CheckpointError
 from distckpt.engine.events import on_failed_replay
+from distckpt.errors import CheckpointError
 from distckpt.ranks.alarm import EXIT_CODE, raise_in
 from tests.ranks.spawn import run_ranks
 

@@ -12,9 +12,8 @@ import pytest
 from torch import nn
 
 import distckpt as dc
-from distckpt.engine.errors import BadOption
-from distckpt.ranks import RegionPlan, World
-from distckpt.ranks.errors import (
+from distckpt.errors import (
+    BadOption,
     MixedRankDevices,
     NoStore,
     PlanNotMet,
@@ -22,6 +21,7 @@ from distckpt.ranks.errors import (
     StageMissing,
     WorldChanged,
 )
+from distckpt.ranks import RegionPlan, World
 from tests.processes import run
 from tests.ranks.spawn import run_ranks
 

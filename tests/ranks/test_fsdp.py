@@ -20,18 +20,20 @@ from torch.distributed.tensor import Shard
 
 import distckpt as dc
 from distckpt._torch_dist import UNITS_IN_REPLAYS, fsdp_state, fully_shard_options, parameter_groups
-from distckpt.engine.errors import BadOption
-from distckpt.modules import AlreadyRegion, NoMatch, apply, regions
-from distckpt.ranks import Coordinator, fsdp
-from distckpt.ranks.fsdp_errors import (
+from distckpt.errors import (
+    AlreadyRegion,
     AlreadySharded,
+    BadOption,
     CannotShard,
     GatherOutsideBackward,
+    NoMatch,
     SharedAcrossUnits,
     UnitsInsideRegion,
     UnknownOption,
     UnknownUnit,
 )
+from distckpt.modules import apply, regions
+from distckpt.ranks import Coordinator, fsdp
 from distckpt.ranks.fsdp_replay import UnitGuard, guard_units
 from tests.ranks.sharded import FLAT, NESTED, Model, by_hand, local, unfinished
 

@@ -10,9 +10,8 @@ import torch
 from torch.distributed import pipelining as pp
 from torch.distributed.pipelining.schedules import _ScheduleForwardOnly
 
-from distckpt.modules.errors import NoMatch
+from distckpt.errors import AlreadyAttached, BadAhead, NoMatch, StageNotInPlan, UnknownSchedule
 from distckpt.ranks import Coordinator
-from distckpt.ranks.pipeline.errors import AlreadyAttached, BadAhead, StageNotInPlan, UnknownSchedule
 from tests.ranks.jobs.pipeline import Part, loss_of
 
 pytestmark = pytest.mark.usefixtures("alone")

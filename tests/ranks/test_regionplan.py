@@ -15,8 +15,8 @@ from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as torch
 import distckpt as dc
 from distckpt.compat.composable import composable_checkpoint
 from distckpt.compat.wrapper import checkpoint_wrapper
+from distckpt.errors import BadPlan
 from distckpt.ranks import RegionPlan
-from distckpt.ranks.errors import BadPlan
 from distckpt.ranks.regionplan import describe, differences, plain, regions_of
 
 

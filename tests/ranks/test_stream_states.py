@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import distckpt as dc
+from distckpt.errors import StreamInUse, UnsavableStream, WrongState
 from distckpt.ranks import exchange, plain_data
 from distckpt.ranks.coordinator import Coordinator
-from distckpt.ranks.streams_errors import StreamInUse, UnsavableStream, WrongState
 from distckpt.ranks.switch import switch
 from tests.fakes.module import FakeModule
 from tests.ranks.meshes import Mesh

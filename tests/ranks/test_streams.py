@@ -12,9 +12,8 @@ import torch
 from torch.nn.functional import dropout
 
 import distckpt as dc
-from distckpt.engine.errors import DrawMismatch
+from distckpt.errors import BadStreams, DrawMismatch, StreamInUse, UnknownStream
 from distckpt.ranks.streams import STREAMS, derive
-from distckpt.ranks.streams_errors import BadStreams, StreamInUse, UnknownStream
 from distckpt.ranks.switch import switch
 from tests.engine.exact import exact, leaf
 from tests.fakes.module import FakeModule

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from distckpt.ranks.errors import WorldChanged, WorldMismatch
+from distckpt.errors import WorldChanged, WorldMismatch
 from distckpt.ranks.world import Runtime, World, detect, runtime
 
 TORCHRUN = {

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from distckpt._torch_dist import custom_computations, is_stage, schedule_kind, schedule_stages, step_with
-from distckpt.engine.errors import BadOption
+from distckpt.errors import AlreadyAttached, BadOption, StageNotInPlan, UnknownSchedule
 from distckpt.modules import Applied, apply
 from distckpt.modules.choice import Choice, parts_of
 from distckpt.ranks.pipeline.early import EarlyReplay
-from distckpt.ranks.pipeline.errors import AlreadyAttached, StageNotInPlan, UnknownSchedule
 from distckpt.ranks.pipeline.limit import Ahead, limit_of
 from distckpt.ranks.pipeline.order import Order, order_of
 from distckpt.ranks.pipeline.report import StageReport

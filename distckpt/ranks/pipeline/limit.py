@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import re
 
-from distckpt.ranks.pipeline.errors import BadAhead
+from distckpt.errors import BadAhead
 
 _UNITS = {"B": 1} | {
     f"{letter}{kind}": base ** (power + 1)

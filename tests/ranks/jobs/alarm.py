@@ -48,7 +48,7 @@ try:
     elif where == "python":
         while True:
             time.sleep(0.01)
-except dc.ranks.errors.RemoteReplayFailed as error:
+except dc.errors.RemoteReplayFailed as error:
     report({"class": type(error).__name__, "text": str(error), "seconds": time.monotonic() - start})
     sys.stdout.flush()
     os._exit(7)

@@ -14,8 +14,8 @@ from distckpt_backends.errors import DistckptError
 from torch import nn
 
 import distckpt as dc
+from distckpt.errors import RanksMissing
 from distckpt.ranks import RegionPlan
-from distckpt.ranks.errors import RanksMissing
 from tests.ranks.spawn import report
 
 if sys.argv[1] == "group":

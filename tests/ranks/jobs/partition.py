@@ -16,12 +16,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import dropout
 
 import distckpt as dc
-from distckpt.engine.errors import InputChanged
 from distckpt.engine.events import counters
+from distckpt.errors import BadPartition, GatherMismatch, InputChanged, InputsDiffer
 from distckpt.ranks import kept as kept_room
 from distckpt.ranks.coordinator import Coordinator
 from distckpt.ranks.partition import Counts, Partition
-from distckpt.ranks.streams_errors import BadPartition, GatherMismatch, InputsDiffer
 from tests.engine.exact import same_bits
 from tests.ranks.spawn import leave, report
 

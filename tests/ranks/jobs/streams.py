@@ -13,9 +13,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import DeviceMesh
 
 import distckpt as dc
+from distckpt.errors import StreamsDisagree
 from distckpt.ranks.coordinator import Coordinator
 from distckpt.ranks.streams import STREAMS
-from distckpt.ranks.streams_errors import StreamsDisagree
 from tests.ranks.spawn import leave, report
 
 
