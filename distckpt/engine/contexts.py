@@ -29,7 +29,8 @@ class Contexts:
 
     def __init__(self, make: ContextFn | None, region: Region) -> None:
         forward, replay = make() if make is not None else (contextlib.nullcontext(), contextlib.nullcontext())
-        self._forward, self._replay = _bound(forward, region), _bound(replay, region)
+        self._forward: Context = _bound(forward, region)
+        self._replay: Context = _bound(replay, region)
         if region.log is not None:
             self._forward = _logged(region.log.forward, self._forward, region)
             self._replay = _logged(region.log.replay, self._replay, region)
