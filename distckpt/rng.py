@@ -10,20 +10,18 @@ if TYPE_CHECKING:
     from distckpt.ranks.stream_check import check_streams as check_streams
     from distckpt.ranks.streams import seed_streams as seed_streams
     from distckpt.ranks.streams import stream as stream
-else:  # named streams belong to ranks, and come when one of them is named
+
+if not TYPE_CHECKING:  # named streams belong to ranks, and come when one of them is named
     import importlib
 
-    _RANKS = {
-        "check_streams": "distckpt.ranks.stream_check",
-        "seed_streams": "distckpt.ranks.streams",
-        "stream": "distckpt.ranks.streams",
-    }
+    _HOMES = {"check_streams": "stream_check", "seed_streams": "streams", "stream": "streams"}
+    __all__ = sorted(["register", "register_source", "registered", *_HOMES])
 
     def __getattr__(name):
-        if name not in _RANKS:
+        if name not in _HOMES:
             raise AttributeError(f"module 'distckpt.rng' has no attribute {name!r}")
-        globals()[name] = getattr(importlib.import_module(_RANKS[name]), name)
+        globals()[name] = getattr(importlib.import_module(f"distckpt.ranks.{_HOMES[name]}"), name)
         return globals()[name]
 
     def __dir__():
-        return sorted({"register", "register_source", "registered", *_RANKS})
+        return __all__

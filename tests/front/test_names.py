@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -67,6 +68,14 @@ def test_dir_shows_public_names_alone_and_each_of_them_is_there() -> None:
         for name in dir(module):
             assert getattr(module, name) is not None
     assert set(python("from distckpt import *; print(*dir())").split()) >= set(dir(dc))
+
+
+def test_what_a_type_checker_sees_is_what_there_is() -> None:
+    for module in (dc, dc.rng):
+        tree = ast.parse(Path(module.__file__ or "").read_text())
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        seen = {name.asname for node in imports for name in node.names} - {None}
+        assert seen == set(dir(module))
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:

@@ -180,14 +180,16 @@ def test_a_unit_of_fsdp1_never_counts_as_gathered(group: None) -> None:
 def test_the_next_weight_half_is_the_one_whose_gradients_are_added_next() -> None:
     actions = [("I", 1, 0), ("I", 1, 1), ("W", 1, 0), ("F", 1, 2)]
     order = Order([*actions, ("W", 1, 1), ("B", 1, 2)])
-    assert order.next_weight_half(()) == (1, 0)
-    assert order.next_weight_half({(1, 0)}) == (1, 1)
+    assert order.next_weight_half(()) == (1, 0, False)
+    assert order.next_weight_half({(1, 0)}) == (1, 1, False)
     assert order.next_weight_half({(1, 0), (1, 1)}) is None  # a whole backward is not divided
     order.arrive(("F", 1, 0))
     assert order.next_weight_half(()) is None  # nothing is known any more
 
 
-def test_the_last_weight_half_of_a_stage_keeps_its_turn() -> None:
+def test_the_last_weight_half_of_a_stage_is_told_from_the_others() -> None:
     order = Order([("W", 1, 0), ("W", 2, 0), ("W", 1, 1)])
-    assert order.next_weight_half(()) == (1, 0)
-    assert order.next_weight_half({(1, 0)}) is None
+    assert order.next_weight_half(()) == (1, 0, False)
+    assert order.next_weight_half({(1, 0)}) == (2, 0, True)
+    assert order.next_weight_half({(1, 0), (2, 0)}) == (1, 1, True)
+    assert order.next_weight_half({(1, 0), (2, 0), (1, 1)}) is None

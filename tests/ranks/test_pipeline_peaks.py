@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.ranks.jobs.pipeline import SCHEDULES
-from tests.ranks.jobs.pipeline_peaks import BLOCKS
+from tests.ranks.jobs.pipeline_peaks import BLOCKS, SPLIT
 from tests.ranks.jobs.pipeline_peaks import RUNS as JOBS
 from tests.ranks.spawn import run_ranks
 
@@ -21,7 +21,7 @@ def found(request: pytest.FixtureRequest) -> list[Any]:
 
 
 def runs(found: list[Any], *schedules: str) -> list[str]:
-    """On 4 ranks the plain case only."""
+    """On 4 ranks the plain case, and MLPs where a backward is split."""
     return [run for run in RUNS if run in found[0] and (not schedules or run.split(", ")[1] in schedules)]
 
 
@@ -32,7 +32,7 @@ def test_the_default_never_peaks_above_torchs_engine(found: list[Any]) -> None:
         for index, rank in enumerate(found)
     }
     assert {where: more for where, more in over.items() if more > 0} == {}
-    assert len(over) == (len(RUNS) if len(found) == 2 else len(SCHEDULES)) * len(found)
+    assert len(over) == (len(RUNS) if len(found) == 2 else len(SCHEDULES) + len(SPLIT)) * len(found)
 
 
 def test_the_default_is_early_where_that_costs_nothing(found: list[Any]) -> None:
@@ -48,6 +48,12 @@ def test_one_micro_batch_ahead_costs_the_other_regions_of_one(found: list[Any]) 
     assert 0 < first["1 micro-batch"]["peak"] - first["torch"]["peak"] <= (BLOCKS - 1) * REGION
 
 
+def test_the_gradients_are_those_of_torchs_engine(found: list[Any]) -> None:
+    for run in runs(found):
+        for rank in found:
+            assert rank[run]["default"]["grads"] == rank[run]["torch"]["grads"]
+
+
 @pytest.mark.skipif("ZBVZeroBubble" not in SCHEDULES, reason="gloo cannot run it on this torch")
 def test_values_for_weights_pile_up_only_as_far_as_torchs_replays_do_unless_asked(found: list[Any]) -> None:
     if len(found) == 4:
@@ -55,8 +61,11 @@ def test_values_for_weights_pile_up_only_as_far_as_torchs_replays_do_unless_aske
         assert early[:2] == [0, 0]
         assert early[3] > 0  # eight micro-batches of its two stages would wait
         return
-    assert [rank["plain, ZBVZeroBubble"]["default"]["weights early"] for rank in found] == [0, 0]
+    for name in SPLIT:
+        assert [rank[f"plain, {name}"]["default"]["weights early"] for rank in found] == [0, 0]
+    early = {name: [rank[f"mlp, {name}"]["default"]["weights early"] for rank in found] for name in SPLIT}
+    # the last weight half of a stage as well: with DualPipeV it is the only one that waits beside another
+    assert early == {"InterleavedZeroBubble": [0, 7], "ZBVZeroBubble": [0, 2], "DualPipeV": [0, 1]}
     run = [rank["mlp, ZBVZeroBubble"] for rank in found]
-    assert [ways["default"]["weights early"] for ways in run] == [0, 1]
     assert [ways["1 micro-batch"]["weights early"] for ways in run] == [0, 0]
     assert run[1]["1 micro-batch"]["peak"] > run[1]["torch"]["peak"]

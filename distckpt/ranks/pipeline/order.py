@@ -58,9 +58,9 @@ class Order:
         action = self.next()
         return action[1:] if action is not None and action[0] in (BACKWARD, INPUT_BACKWARD) else None
 
-    def next_weight_half(self, done: Container[tuple[int, int]]) -> tuple[int, int] | None:
-        """(stage, micro-batch) of the next backward that adds to gradients of weights, ``done`` apart; None when it is
-        a whole one, when it is the last of its stage, which also ends the stage's step, or when it is not known."""
+    def next_weight_half(self, done: Container[tuple[int, int]]) -> tuple[int, int, bool] | None:
+        """(stage, micro-batch) of the next backward that adds to gradients of weights, ``done`` apart, and whether it
+        is the last of its stage; None when it is a whole one, or when it is not known."""
         if self.broken:
             return None
         adds = [
@@ -69,7 +69,7 @@ class Order:
         if not adds or adds[0][0] == BACKWARD:
             return None
         stage, micro_batch = adds[0][1:]
-        return (stage, micro_batch) if any(a[1] == stage for a in adds[1:]) else None
+        return stage, micro_batch, all(a[1] != stage for a in adds[1:])
 
     def uses_values(self, stage: int, micro_batch: int) -> bool:
         """Whether the backward that comes next needs region values before another computation.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from distckpt._torch_dist import BACKWARD, FORWARD, INPUT_BACKWARD, WEIGHT_BACKWARD, sharded_units, stage_ends
 from distckpt.engine.held import held, keys
@@ -128,7 +129,7 @@ class Stage:
         if whole:
             session.begin_whole()
         elif session.groups:
-            if self.make_room is not None and self.left_by_torch is not None:
+            if self.make_room is not None:
                 self.make_room(self)
             session.begin_input_half(*stage_ends(self.stage, index))
         try:
@@ -163,14 +164,15 @@ class Stage:
             self._close(index)
 
     def weight_half_ready(self, index: int) -> bool:
-        """Whether :meth:`weight_half_now` may be called. Units of FSDP are gathered for a half in its turn only."""
+        """Whether :meth:`weight_half_now` may be called. FSDP gathers, and DDP reduces, for a half in its turn only."""
         session = self.sessions.get(index)
-        return session is not None and session.halved and not self._sharded
+        alone = not self._sharded and not isinstance(self.stage.submod, DistributedDataParallel)
+        return session is not None and session.halved and alone
 
-    def weight_half_now(self, index: int) -> None:
-        """Run a weight half before its turn; when its turn comes nothing is left to do."""
+    def weight_half_now(self, index: int, last: bool) -> None:
+        """Run a weight half, ``last`` of its stage or not, before its turn; nothing is left to do in its turn."""
         try:
-            self._originals["backward_weight_one_chunk"](index)
+            self._originals["backward_weight_one_chunk"](index, last_backward=last)
         finally:
             self._close(index)
         self.weights_done.add(index)

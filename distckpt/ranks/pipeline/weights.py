@@ -6,8 +6,8 @@ Note [Values that wait for weights]
     what a replay makes and its group does not use stays until the half is over. As many values may wait here. Before
     an input half that would add more, the weight half that comes next in the schedule is run at once. It needs no
     replay, and the gradients and the graph that waited for it go with the values. Weights get their gradients in the
-    order of the schedule, so sums are equal to the bit. The values of one micro-batch always wait: where its blocks
-    leave torch's replays little to keep (an MLP: all that it saves is for weights), that can be more than torch has.
+    order of the schedule, so sums are equal to the bit. The values of one micro-batch always wait for its own half,
+    which can be more than torch has (docs/ranks-pipeline.md, Limits).
 """
 
 from __future__ import annotations
@@ -30,21 +30,19 @@ class WeightHalves:
     def make_room(self, coming: Stage) -> None:
         """Run weight halves, until the values of one more micro-batch of ``coming`` may wait."""
         while self._too_much(coming) and (due := self._due()) is not None:
-            stage, index = due
-            stage.weight_half_now(index)
+            stage, index, last = due
+            stage.weight_half_now(index, last)
 
     def _too_much(self, coming: Stage) -> bool:
         waiting = [s.weight_bytes for stage in self.stages.values() for s in stage.sessions.values()]
-        allowed = min(
-            stage.left_by_torch for stage in self.stages.values() if stage.left_by_torch is not None
-        )
-        return any(waiting) and sum(waiting) + coming.for_weights > allowed
+        known = [s.left_by_torch for s in self.stages.values() if s.left_by_torch is not None]
+        return any(waiting) and sum(waiting) + coming.for_weights > min(known)
 
-    def _due(self) -> tuple[Stage, int] | None:
+    def _due(self) -> tuple[Stage, int, bool] | None:
         """The next weight half, if it can be run now."""
         done = {(i, mb) for i, stage in self.stages.items() for mb in stage.weights_done}
         found = self.order.next_weight_half(done)
         if found is None or custom_computations(self.schedule):
             return None
-        stage = self.stages[found[0]]
-        return (stage, found[1]) if stage.weight_half_ready(found[1]) else None
+        stage, index, last = self.stages[found[0]], *found[1:]
+        return (stage, index, last) if stage.weight_half_ready(index) else None
