@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from distckpt_backends.private import PrivateNames, warn_if_untried
+from torch._guards import TracingContext
 from torch.utils import _pytree
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 NAMES = PrivateNames(
     {
@@ -256,6 +258,13 @@ def skip_frame(function: Callable[..., Any]) -> None:
     frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, default))  # type: ignore[attr-defined]
 
 
+def skip_frames_below(function: Callable[..., Any]) -> None:
+    """Ask Dynamo to compile neither ``function``'s own frame nor any below it: ``disable`` without its wrapper."""
+    frames: Any = torch._C._dynamo.eval_frame  # type: ignore[attr-defined]
+    skip = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))  # type: ignore[attr-defined]
+
+
 def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
@@ -297,11 +306,13 @@ def torch_operator(
     return torch.utils.checkpoint.checkpoint(function, *args, **options, **kwargs)  # type: ignore[attr-defined]
 
 
+_infra_mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
+_traces_non_strictly: Callable[[], bool] = getattr(torch.compiler, "_is_non_strict_tracing", lambda: False)
+
+
 def is_proxy_tracing() -> bool:
     """Whether AOTAutograd or export is tracing on this thread."""
-    if getattr(torch.compiler, "_is_non_strict_tracing", lambda: False)():
-        return False
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    return _infra_mode(_PROXY) is not None and not _traces_non_strictly()
 
 
 def dispatch_mode_is_on() -> bool:
@@ -309,18 +320,15 @@ def dispatch_mode_is_on() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
-def top_dispatch_mode() -> Any:
-    """The innermost dispatch mode of this thread, or None."""
-    from torch.utils._python_dispatch import _get_current_dispatch_mode
-
-    return _get_current_dispatch_mode()
+top_dispatch_mode: Callable[[], Any] = _get_current_dispatch_mode
+"""The innermost dispatch mode of this thread, or None."""
 
 
 def traced_graph() -> Any:
     """The ``torch.fx`` graph that AOTAutograd or export is tracing on this thread, or None."""
     if not is_proxy_tracing():
         return None
-    mode: Any = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    mode: Any = _infra_mode(_PROXY)
     return mode.tracer.graph
 
 
@@ -466,8 +474,6 @@ def user_saved_tensors_hooks(
 
 def is_aot_tracing() -> bool:
     """Whether AOTAutograd or export is tracing, also while it only propagates fake tensors."""
-    from torch._guards import TracingContext
-
     return TracingContext.try_get() is not None or is_proxy_tracing()
 
 
