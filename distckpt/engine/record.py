@@ -167,7 +167,7 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
     here.frame = r
     r.pauses_script = script_optimizes()
     if r.pauses_script:
-        set_script_optimizes(False)  # see Note [TorchScript] in scripted.py
+        set_script_optimizes(False)  # see Note [TorchScript] in determinism.py
     return r
 
 
