@@ -1,11 +1,10 @@
-"""Every public name of ``torch.utils.checkpoint`` (torch 2.15), over our engine, with torch's behaviour."""
+"""Every public name of ``torch.utils.checkpoint`` (torch 2.15), over our engine, with torch's behaviour; names only."""
 
 from distckpt._torch import noop_context_fn
 from distckpt.compat import wrapper
-from distckpt.compat.checkpoint import checkpoint, checkpoint_sequential
-from distckpt.compat.composable import checkpoint as composable_checkpoint
-from distckpt.compat.device_states import get_device_states, set_device_states
+from distckpt.compat.checkpoint import checkpoint, checkpoint_sequential, get_device_states, set_device_states
 from distckpt.compat.install import install
+from distckpt.compat.wrapper import composable_checkpoint
 from distckpt.engine.devices import DefaultDeviceType
 from distckpt.engine.reentrant import CheckpointFunction, check_backward_validity, detach_variable
 from distckpt.engine.sessions import GraphExecGroup

@@ -11,8 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from distckpt._torch_dist import UNITS_IN_REPLAYS
-from distckpt.compat.composable import composable_checkpoint
-from distckpt.compat.wrapper import checkpoint_wrapper
+from distckpt.compat.wrapper import checkpoint_wrapper, composable_checkpoint
 from distckpt.engine.events import counters
 from distckpt.modules import apply
 from tests.modules.models import Model
