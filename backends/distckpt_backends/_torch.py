@@ -79,19 +79,19 @@ _FIRST_WORDS = 32 * 4
 class GeneratorMemory:
     """The first and the last bytes of what torch keeps for a CPU generator, as they are now."""
 
-    __slots__ = ("_first", "_last")
+    __slots__ = ("first", "last")
 
     def __init__(self, address: int) -> None:
-        self._first = (ctypes.c_char * (_BEFORE_WORDS + _FIRST_WORDS)).from_address(address)
-        self._last = (ctypes.c_char * _CACHED).from_address(address + _BEFORE_WORDS + _WORDS)
+        self.first = (ctypes.c_char * (_BEFORE_WORDS + _FIRST_WORDS)).from_address(address)
+        self.last = (ctypes.c_char * _CACHED).from_address(address + _BEFORE_WORDS + _WORDS)
 
     def read(self) -> tuple[bytes, bytes]:
         """Both."""
-        return self._first.raw, self._last.raw
+        return self.first.raw, self.last.raw
 
     def moved(self, mark: tuple[bytes, bytes]) -> bool:
         """Whether they are others than in ``mark``."""
-        return self._first.raw != mark[0] or self._last.raw != mark[1]
+        return self.first.raw != mark[0] or self.last.raw != mark[1]
 
 
 def cpu_generator_memory(generator: torch.Generator) -> GeneratorMemory | None:

@@ -142,30 +142,42 @@ class Contexts:
     They are entered and left by hand: an ``ExitStack`` and a generator around each doubled what a context costs.
     """
 
-    __slots__ = ("_forward", "_replay")
+    __slots__ = ("_entered", "_forward", "_replay")
 
     def __init__(self, make: ContextFn | None, region: Region) -> None:
         forward, replay = make() if make is not None else (contextlib.nullcontext(), contextlib.nullcontext())
         self._forward: Context = _bound(forward, region)
         self._replay: Context = _bound(replay, region)
-        if region.log is not None:
-            self._forward = _logged(region.log.forward, self._forward, region)
-            self._replay = _logged(region.log.replay, self._replay, region)
+        self._entered: Context | None = (
+            None  # a log is around it, which names the region: not beyond the record
+        )
 
     def enter_forward(self, region: Region) -> None:
         """Enter before the record."""
-        _enter(self._forward, region)
+        context = self._forward
+        if region.log is not None:
+            context = _logged(region.log.forward, context, region)
+        _enter(context, region)
+        self._entered = context
 
     def leave_forward(self, error: BaseException | None) -> bool:
         """Leave after the record; true when the context wants to swallow ``error``."""
         kind, trace = (None, None) if error is None else (type(error), error.__traceback__)
-        return bool(type(self._forward).__exit__(self._forward, kind, error, trace)) and error is not None
+        context, self._entered = self._entered, None
+        return (
+            context is not None
+            and bool(type(context).__exit__(context, kind, error, trace))
+            and error is not None
+        )
 
     def replaying(self, region: Region) -> Context:
         """Around one replay."""
         # made again where it serves one `with` alone: there may be more replays
         again = getattr(self._replay, "_recreate_cm", None)
-        return _Replaying(self._replay if again is None else again(), region)
+        context = self._replay if again is None else again()
+        return _Replaying(
+            context if region.log is None else _logged(region.log.replay, context, region), region
+        )
 
 
 class _Replaying:
@@ -214,8 +226,6 @@ def _logged(log: OpLog, context: Context, region: Region) -> Iterator[None]:
     """``context`` inside of a debug log, which begins anew."""
     log.entries.clear()
     with log.recording(), contextlib.ExitStack() as stack:
-        again = getattr(context, "_recreate_cm", None)
-        context = context if again is None else again()
         _enter(context, region)
         stack.push(context)
         yield

@@ -33,6 +33,7 @@ from distckpt._torch import (
     graph_task_id,
     opaque_to_dynamo,
     queue_callback,
+    skip_inner_frames,
     without_dispatch_modes,
 )
 from distckpt.engine.determinism import Verifier, mutated
@@ -266,3 +267,6 @@ def _other_way(r: Region, slot: Slot) -> Any:
     if r.session is None:
         slot.value = None
     return value
+
+
+skip_inner_frames(packer)

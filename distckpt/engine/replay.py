@@ -34,6 +34,7 @@ from distckpt._torch import (
     script_optimizes,
     set_grad_enabled,
     set_script_optimizes,
+    skip_inner_frames,
 )
 from distckpt.engine import ambient, closure, parameters, rng
 from distckpt.engine.determinism import Mismatch
@@ -204,11 +205,15 @@ def replay(r: Region, run: Run = _recompute) -> None:
         draws = r.draws if r.closed else rng.so_far(r.rng_before, r.stash)
         idle = r.idle_cpu
         rewound = draws or r.idle is not None or (idle is not None and cpu_drawn_since(idle.fingerprint))
-        if now == r.ambient and r.replay_context is None and r.buffers is None and stale is None:
+        if now == r.ambient and r.buffers is None and stale is None:
             generators: Any = rng.Rewound(draws, idle, r.idle) if rewound else idle
             stopped = False
             try:
-                stopped = run(r, call, generators, mismatch)
+                if r.replay_context is None:
+                    stopped = run(r, call, generators, mismatch)
+                else:
+                    with r.replay_context.replaying(r):
+                        stopped = run(r, call, generators, mismatch)
             finally:
                 if generators is not None and (rewound or not stopped):
                     generators.give_back()
@@ -294,3 +299,6 @@ def _shared(r: Region, stale: parameters.Stale | None) -> tuple[str, ...]:
     """What of the whole process, besides generators, the replay exchanges: the names of its turns."""
     shared = () if r.buffers is None else r.buffers.places()
     return (*shared, parameters.MODULES) if stale is not None and stale.back else shared
+
+
+skip_inner_frames(_recompute)
