@@ -10,8 +10,9 @@ from distckpt.engine.reentrant import CheckpointFunction, check_backward_validit
 from distckpt.engine.sessions import GraphExecGroup
 from distckpt.engine.switches import set_checkpoint_debug_enabled, set_checkpoint_early_stop
 from distckpt.errors import CheckpointError
-from distckpt.policy.selective import SAC_IGNORED_OPS, CheckpointPolicy, SelectiveCheckpointContext
-from distckpt.policy.selective import (
+from distckpt.policy.operators import CheckpointPolicy, SelectiveCheckpointContext
+from distckpt.policy.sac import SAC_IGNORED_OPS
+from distckpt.policy.sac import (
     create_selective_checkpoint_contexts as create_selective_checkpoint_contexts,
 )
 

@@ -29,8 +29,8 @@ Note [Autocast]
 
 Note [One look-up]
     What depends on the operator alone is answered once per process (``operators.py``), and what depends on the region
-    as well, once per region (``Calls``): the answer of a list, and whether the operator can be kept at all. A policy
-    function is asked in every call.
+    as well, once per region (``OperatorCalls``): the answer of a list, and whether the operator can be kept at all. A
+    policy function is asked in every call.
 """
 
 from __future__ import annotations
@@ -65,11 +65,23 @@ from distckpt.engine.region import Region, describe
 from distckpt.engine.replay import is_engine_hook
 from distckpt.engine.state import Frame, here, refuse, replaying
 from distckpt.errors import SavedOutputChanged, SelectiveMismatch
-from distckpt.policy.answers import CheckpointPolicy as CheckpointPolicy
-from distckpt.policy.answers import SelectiveCheckpointContext as SelectiveCheckpointContext
-from distckpt.policy.answers import for_torch, verdict
-from distckpt.policy.kept import Calls, Changed, Entry, Kept, Store, each, shares_memory
-from distckpt.policy.operators import Operator, operator, tensors
+from distckpt.policy.operators import (
+    Operator,
+    SelectiveCheckpointContext,
+    for_torch,
+    operator,
+    tensors,
+    verdict,
+)
+from distckpt.policy.saved_outputs import (
+    Changed,
+    OperatorCalls,
+    SavedCall,
+    SavedOutput,
+    SavedOutputs,
+    each,
+    shares_memory,
+)
 
 SAC_IGNORED_OPS = ignored_operators
 
@@ -91,9 +103,9 @@ _EXTRA_BACKWARD = (
 class _Selective:
     # Subclasses of torch's modes by name only: every method that does something is ours.
     supports_higher_order_operators = True
-    store: Store
+    store: SavedOutputs
     strict = False
-    _bound: Store | None = None
+    _bound: SavedOutputs | None = None
     _stands_for: Any = None  # the mode that somebody entered instead
     _stood_for = False  # whether another does so for this one
     _casts = False  # under autocast: casts are neither kept nor counted
@@ -109,7 +121,7 @@ class _Selective:
     def bind_region(self, region: Region) -> Any:
         """The engine says which region these contexts serve. Returns the context to use, which serves no other."""
         if region.kept is None:
-            region.kept = self.store if self.store.region is None else Store()
+            region.kept = self.store if self.store.region is None else SavedOutputs()
             region.kept.region = weakref.ref(region)
         mine = self
         if self.store is not region.kept:  # one pair for several regions
@@ -164,7 +176,10 @@ class CachingMode(_Selective, OriginalCachingMode):
     """Around the forward: ask the policy, keep what it wants."""
 
     def __init__(
-        self, policy_fn: Callable[..., Any] | frozenset[Any], store: Store, ac_graph_id: int | None = None
+        self,
+        policy_fn: Callable[..., Any] | frozenset[Any],
+        store: SavedOutputs,
+        ac_graph_id: int | None = None,
     ) -> None:
         TorchDispatchMode.__init__(self)
         self.policy_fn = policy_fn
@@ -206,7 +221,7 @@ class CachingMode(_Selective, OriginalCachingMode):
             return func(*args, **kwargs) if kwargs else func(*args)
         return self._run(calls, index, func, args, kwargs or {})
 
-    def _recorded_calls(self, func: Any, args: Any) -> Calls:
+    def _recorded_calls(self, func: Any, args: Any) -> OperatorCalls:
         op = operator(func)
         answer: bool | None = None
         if not callable(self.policy_fn):  # what a list says of an operator, in every call
@@ -218,10 +233,10 @@ class CachingMode(_Selective, OriginalCachingMode):
             key = compiled_region_key(func, args)
             if (known := self.store.calls.get(key)) is not None:
                 return known
-        calls = self.store.calls[key] = Calls(op, self._is_beside(op, func), answer)
+        calls = self.store.calls[key] = OperatorCalls(op, self._is_beside(op, func), answer)
         return calls
 
-    def _run(self, calls: Calls, index: int, func: Any, args: Any, kwargs: Any) -> Any:
+    def _run(self, calls: OperatorCalls, index: int, func: Any, args: Any, kwargs: Any) -> Any:
         op, keep = calls.operator, calls.answer
         before = [(s, s.get_state()) for s in self._streams()] if op.draws and keep is not False else ()
         out = func(*args, **kwargs)
@@ -251,7 +266,7 @@ class CachingMode(_Selective, OriginalCachingMode):
             return True
         return not written and not (op.undeclared and shares_memory(out, (*args, *kwargs.values())))
 
-    def _keep(self, calls: Calls, index: int, out: Any, before: Any) -> None:
+    def _keep(self, calls: OperatorCalls, index: int, out: Any, before: Any) -> None:
         hooks, after, r = self._user_hooks(), None, self._recorded
         if before:
             with without_dispatch_modes():
@@ -260,10 +275,10 @@ class CachingMode(_Selective, OriginalCachingMode):
             for t in tensors(out):
                 wait_for_collective(t)
         if type(out) is torch.Tensor:
-            kept: Any = Kept(out, hooks)
+            kept: Any = SavedOutput(out, hooks)
         else:
-            kept = each(lambda x: Kept(x, hooks) if isinstance(x, torch.Tensor) else x, out)
-        self.store.keep(calls, index, Entry(kept, after or None, 0 if r is None else len(r.refs)))
+            kept = each(lambda x: SavedOutput(x, hooks) if isinstance(x, torch.Tensor) else x, out)
+        self.store.keep(calls, index, SavedCall(kept, after or None, 0 if r is None else len(r.refs)))
 
     def _streams(self) -> list[Any]:
         """The generators that an operator may move, if a replay of this region is to find them there."""
@@ -301,7 +316,7 @@ class CachingMode(_Selective, OriginalCachingMode):
 class CachedMode(_Selective, OriginalCachedMode):
     """Around a replay: answer from what was kept."""
 
-    def __init__(self, policy_fn: Any, store: Store, allow_cache_entry_mutation: bool = False) -> None:
+    def __init__(self, policy_fn: Any, store: SavedOutputs, allow_cache_entry_mutation: bool = False) -> None:
         TorchDispatchMode.__init__(self)
         self.store = store
         self.allow_cache_entry_mutation = allow_cache_entry_mutation
@@ -337,12 +352,12 @@ class CachedMode(_Selective, OriginalCachedMode):
             return out
         return self._given(calls, index, entry, func, args, kwargs or {})
 
-    def _unseen_calls(self, func: Any, args: Any) -> Calls | None:
+    def _unseen_calls(self, func: Any, args: Any) -> OperatorCalls | None:
         """Of an operator that the record did not run under this name: it may be compiled, or none of the function's."""
         op = operator(func)
         calls = self.store.calls.get(compiled_region_key(func, args)) if op.compiled else None
         if calls is None and self._is_beside(op, func):
-            calls = self.store.calls[func] = Calls(op, True, None)
+            calls = self.store.calls[func] = OperatorCalls(op, True, None)
         return calls
 
     def _is_mine(self) -> bool:
@@ -353,17 +368,17 @@ class CachedMode(_Selective, OriginalCachedMode):
         region = ref()
         return (type(frame) is Frame and frame.region is region) or self._replayed_by() in (None, region)
 
-    def _given(self, calls: Calls, index: int, entry: Any, func: Any, args: Any, kwargs: Any) -> Any:
+    def _given(self, calls: OperatorCalls, index: int, entry: Any, func: Any, args: Any, kwargs: Any) -> Any:
         strict = self.strict
         if entry is _CONSUMED:
             self._refuse(RuntimeError(_EXTRA_BACKWARD))
         again = strict and not self._last_use
         check = not self.allow_cache_entry_mutation
         try:
-            if type(entry.out) is Kept:
+            if type(entry.out) is SavedOutput:
                 out = entry.out.get(check, strict, again)
             else:
-                out = each(lambda x: x.get(check, strict, again) if type(x) is Kept else x, entry.out)
+                out = each(lambda x: x.get(check, strict, again) if type(x) is SavedOutput else x, entry.out)
         except Changed:
             r = self.region
             if r is not None and entry.at >= len(r.refs):
@@ -436,7 +451,7 @@ def create_selective_checkpoint_contexts(
         policy_fn = policy_fn_or_list
     else:
         raise TypeError("policy_fn_or_list must be either a function or a list of ops.")
-    store = Store()
+    store = SavedOutputs()
     return CachingMode(policy_fn, store), CachedMode(None, store, allow_cache_entry_mutation)
 
 
