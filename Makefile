@@ -75,6 +75,7 @@ types: $(VENV)/.dev
 
 floors: $(VENV)/.dev
 	PYTHONPATH=.:backends $(BIN)/lint-imports --no-cache
+	$(BIN)/python tests/floors.py
 
 # What a GPU machine has is enough: torch and pytest.
 gpu:

@@ -112,11 +112,11 @@ class _Keep(torch.autograd.Function):
         return anchor.detach()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
+    def jvp(ctx: object, *tangents: Any) -> Any:
         return tangents[0]  # nobody asks for it, but forward-mode AD insists that it exists
 
 
@@ -225,14 +225,14 @@ def tls_get(key: str) -> Any:
     return torch._C._get_obj_in_tls(key) if torch._C._is_key_in_tls(key) else None
 
 
-def tls_set(key: str, value: Any) -> None:
+def tls_set(key: str, value: object) -> None:
     """Store ``value`` in the thread state that autograd copies to its device threads."""
     if _tls_steals_a_reference():
         _take_reference(value)
     torch._C._stash_obj_in_tls(key, value)
 
 
-def _take_reference(value: Any) -> None:
+def _take_reference(value: object) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 
 
@@ -293,7 +293,7 @@ def _disabled_call() -> Callable[..., Any]:
     return _disabled[0]
 
 
-def call_without_dynamo(function: Any, *args: Any, **kwargs: Any) -> Any:
+def call_without_dynamo(function: object, *args: Any, **kwargs: Any) -> Any:
     """``function(*args, **kwargs)`` with Dynamo off for every frame below it.
 
     One disabled function for all: each one that Dynamo makes is a reference cycle that would hold its
@@ -310,7 +310,7 @@ def opaque_to_dynamo(function: Any) -> Any:
 
 
 def torch_operator(
-    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
+    function: object, args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
 ) -> Any:
     """Torch's own checkpoint call. Only reached while Dynamo traces, which swaps it for its operator."""
     return torch.utils.checkpoint.checkpoint(function, *args, **options, **kwargs)  # type: ignore[attr-defined]
@@ -488,7 +488,7 @@ def is_aot_tracing() -> bool:
     return _guards.TracingContext.try_get() is not None or is_proxy_tracing()
 
 
-def is_compiled_region(func: Any) -> bool:
+def is_compiled_region(func: object) -> bool:
     """Whether ``func`` is the one operator of all inductor-compiled calls, see :func:`compiled_region_key`."""
     try:
         from torch._higher_order_ops.wrap import _resolve_inductor_callable, inductor_compiled_code
@@ -498,14 +498,14 @@ def is_compiled_region(func: Any) -> bool:
     return func is inductor_compiled_code
 
 
-def compiled_region_key(func: Any, args: tuple[Any, ...]) -> Any:
+def compiled_region_key(func: object, args: tuple[Any, ...]) -> Any:
     """A key for an inductor-compiled call, one per compiled region (pytorch#175258)."""
     from torch._higher_order_ops.wrap import _resolve_inductor_callable
 
     return (func, _resolve_inductor_callable(args[0]).idx) if args else func
 
 
-def open_node(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
+def open_node(value: object) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
     """The children of a container that torch's pytree knows and what makes it again of others, or None for a leaf."""
     node = _pytree.SUPPORTED_NODES.get(_pytree._get_node_type(value))
     if node is None:
@@ -519,7 +519,7 @@ def wait_for_collective(x: torch.Tensor) -> None:
     torch.ops._c10d_functional.wait_tensor(x)
 
 
-def has_ordered_effect(op: Any) -> bool:
+def has_ordered_effect(op: object) -> bool:
     """Whether an operator has an ordered side effect, so that running it twice is not harmless (c10d excepted)."""
     has_effects: Any
     try:

@@ -157,7 +157,7 @@ def parameter_groups(state: Any) -> list[Any]:
     return groups
 
 
-def is_dtensor(value: Any) -> bool:
+def is_dtensor(value: object) -> bool:
     """Whether ``value`` is a DTensor, without loading DTensors for it."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
@@ -226,7 +226,7 @@ def fsdp1_unit_enters_replay(unit: Any) -> None:
     unit._device_handle.current_stream().wait_stream(unit._unshard_stream)
 
 
-def all_gather(out: Any, part: Any, group: Any, async_op: bool = False) -> Any:
+def all_gather(out: object, part: object, group: object, async_op: bool = False) -> Any:
     """Gather one tensor of each rank of ``group`` into one; the work to wait for when ``async_op``."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
     return gather(out, part, group=group, async_op=async_op)
@@ -335,7 +335,7 @@ def pipelining() -> Any:
     return schedules
 
 
-def is_stage(value: Any) -> bool:
+def is_stage(value: object) -> bool:
     """Whether ``value`` is a pipeline stage of ``torch.distributed.pipelining``."""
     NAMES.need("pipeline stages")
     from torch.distributed.pipelining.stage import _PipelineStageBase
@@ -348,7 +348,7 @@ def schedule_stages(schedule: Any) -> list[Any]:
     return list(schedule._stages) if hasattr(schedule, "_stages") else [schedule._stage]
 
 
-def schedule_kind(schedule: Any) -> str | None:
+def schedule_kind(schedule: object) -> str | None:
     """How a schedule orders its work, by the step function that it runs: ``"gpipe"``, ``"1f1b"`` or ``"table"``.
 
     None for what is no schedule, or one with a step function of its own.
@@ -394,7 +394,7 @@ def micro_batches(schedule: Any) -> int:
     return schedule._n_microbatches
 
 
-def custom_computations(schedule: Any) -> list[str]:
+def custom_computations(schedule: object) -> list[str]:
     """The computations for which somebody registered a function of their own (torch 2.10 and later)."""
     return [kind.name for kind in getattr(schedule, "_comp_type_to_function_map", ())]
 

@@ -56,7 +56,7 @@ class Ranks:
         attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store = dist.PrefixStore(f"distckpt/doctor/{attempt}", store)
 
-    def bring(self, mine: Any) -> list[Any]:
+    def bring(self, mine: object) -> list[Any]:
         """Rank 0: what each rank brought, by rank, None for those that did not in time. Elsewhere: nothing."""
         if self.place.size == 1:
             return [mine]

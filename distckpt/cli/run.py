@@ -128,7 +128,7 @@ def _run_file(path: str, source: bytes, arguments: Sequence[str]) -> None:
     _run_code(compile(source, full, "exec", dont_inherit=True), full, loader, None, None)
 
 
-def _run_code(code: Any, file: str, loader: Any, spec: Any, package: str | None) -> None:
+def _run_code(code: Any, file: str, loader: object, spec: object, package: str | None) -> None:
     main = types.ModuleType("__main__")
     main.__dict__.update(
         __file__=file, __builtins__=builtins, __loader__=loader, __spec__=spec, __package__=package
@@ -154,7 +154,7 @@ def hide_our_frames(hook: Callable[..., Any]) -> Callable[..., None]:
 
 
 @dataclass(frozen=True)
-class Counts:
+class Totals:
     """``kept`` is in bytes: storages of region inputs, parameters aside, each counted once however many regions
     hold it, at the moment when most were held."""
 
@@ -164,7 +164,7 @@ class Counts:
 
 
 class Tally:
-    """Counts from now on until :meth:`stop`."""
+    """Totals from now on until :meth:`stop`."""
 
     def __init__(self) -> None:
         self._start = counters.regions, counters.replays
@@ -176,7 +176,7 @@ class Tally:
         self._peak = 0
         observe(self._opened)
 
-    def _opened(self, region: Any, held: Any) -> None:
+    def _opened(self, region: object, held: object) -> None:
         sizes: dict[int, int] = {}
         for tensor in tensors(held):
             if not isinstance(tensor, torch.nn.Parameter) and tensor.layout is torch.strided:
@@ -199,11 +199,11 @@ class Tally:
                     del self._holders[key]
                     self._kept -= size
 
-    def stop(self) -> Counts:
+    def stop(self) -> Totals:
         """Stop counting; what it came to."""
         observe(None)
         regions, replays = self._start
-        return Counts(counters.regions - regions, counters.replays - replays, self._peak)
+        return Totals(counters.regions - regions, counters.replays - replays, self._peak)
 
 
 def _storage(tensor: torch.Tensor) -> Any:

@@ -58,7 +58,7 @@ class _CheckpointedFunction:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _checkpoint(self.function, args, kwargs, **self.checkpoint_kwargs)
 
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
         bind = getattr(self.function, "__get__", None)
         if instance is None or bind is None:
             return self
@@ -66,11 +66,11 @@ class _CheckpointedFunction:
 
 
 def checkpoint(
-    function: Any = None,
+    function: object = None,
     *args: Any,
     use_reentrant: bool | None = None,
     preserve_rng_state: bool = True,
-    context_fn: Any = noop_context_fn,
+    context_fn: object = noop_context_fn,
     determinism_check: str = "default",
     debug: bool = False,
     early_stop: bool = True,
@@ -101,7 +101,7 @@ def checkpoint(
 
 
 def _checkpoint(
-    function: Any,
+    function: object,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
@@ -150,7 +150,7 @@ def _checkpoint(
 
 def region_options(
     preserve_rng_state: bool,
-    context_fn: Any,
+    context_fn: object,
     determinism_check: str,
     debug: bool,
     early_stop: bool,
@@ -194,9 +194,9 @@ def _plain_options(preserve: bool, check: Any, debug: bool, early: bool, respect
 
 
 def _checkpoint_without_reentrant_generator(
-    fn: Any,
+    fn: object,
     preserve_rng_state: bool = True,
-    context_fn: Any = noop_context_fn,
+    context_fn: object = noop_context_fn,
     determinism_check: str = "default",
     debug: bool = False,
     early_stop: bool = True,
@@ -219,12 +219,12 @@ def _checkpoint_without_reentrant_generator(
 
 
 def _checkpoint_without_reentrant_generator_impl(
-    fn: Any,
+    fn: object,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
     preserve_rng_state: bool = True,
-    context_fn: Any = noop_context_fn,
+    context_fn: object = noop_context_fn,
     determinism_check: str = "default",
     debug: bool = False,
     early_stop: bool = True,
@@ -246,7 +246,7 @@ def _checkpoint_without_reentrant_generator_impl(
 
 
 def checkpoint_sequential(
-    functions: Any, segments: int, input: Any, use_reentrant: bool | None = None, **kwargs: Any
+    functions: object, segments: int, input: object, use_reentrant: bool | None = None, **kwargs: Any
 ) -> Any:
     """Torch's ``checkpoint_sequential``: ``segments`` equal parts, all but the last checkpointed.
 

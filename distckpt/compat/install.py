@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.utils.checkpoint as torchs
 
-from distckpt import compat
 from distckpt._torch import (
     GENERATOR,
     GENERATOR_IMPL,
@@ -25,10 +24,22 @@ from distckpt._torch import (
 from distckpt.compat.checkpoint import (
     _checkpoint_without_reentrant_generator,
     _checkpoint_without_reentrant_generator_impl,
+    checkpoint,
+    checkpoint_sequential,
+    get_device_states,
+    set_device_states,
 )
-from distckpt.engine.region import region_here
+from distckpt.engine.reentrant import CheckpointFunction, check_backward_validity, detach_variable
+from distckpt.engine.region import region_here, set_checkpoint_debug_enabled, set_checkpoint_early_stop
+from distckpt.engine.rng import DefaultDeviceType
+from distckpt.engine.sessions import GraphExecGroup
 from distckpt.engine.stats import counters
-from distckpt.errors import TorchAnswers
+from distckpt.errors import CheckpointError, TorchAnswers
+from distckpt.policy.sac import (
+    SAC_IGNORED_OPS,
+    SelectiveCheckpointContext,
+    create_selective_checkpoint_contexts,
+)
 
 # Read by name at each use, by Dynamo's identity test and torch's own operator among others: the compile stack
 # follows torch.utils.checkpoint by itself, and what it bound at import (enum members, mode classes that its dispatch
@@ -201,11 +212,11 @@ def _replacements() -> dict[int, tuple[Any, Any]]:
     """By identity of torch's object: that object and ours."""
     # An older torch lacks members of CheckpointPolicy. We accept torch's, and its compilers accept no other.
     names = [name for name in (*torchs.__all__, *_PRIVATE) if name != "CheckpointPolicy"]
-    pairs = [(getattr(torchs, name, None), _ours(name)) for name in names]
+    pairs = [(getattr(torchs, name, None), _OURS.get(name)) for name in names]
     return {id(theirs): (theirs, ours) for theirs, ours in pairs if _replaceable(theirs, ours)}
 
 
-def _replaceable(theirs: Any, ours: Any) -> bool:
+def _replaceable(theirs: object, ours: object) -> bool:
     # Identity says something about functions, classes and registries only: never about interned strings and the like.
     return (
         theirs is not ours
@@ -215,7 +226,11 @@ def _replaceable(theirs: Any, ours: Any) -> bool:
 
 
 def _generator(
-    fn: Any, preserve_rng_state: bool = True, context_fn: Any = noop_context_fn, *args: Any, **kwargs: Any
+    fn: object,
+    preserve_rng_state: bool = True,
+    context_fn: object = noop_context_fn,
+    *args: Any,
+    **kwargs: Any,
 ) -> Iterator[None]:
     """Ours, except for torch's own ``checkpoint`` on its way through AOTAutograd, which is traced as it is."""
     theirs = context_fn is not noop_context_fn and is_aot_tracing()
@@ -232,16 +247,25 @@ def _generator_impl(
     return make(fn, args, kwargs, context_fn=context_fn, **options)
 
 
-_GENERATORS = {GENERATOR: _generator, GENERATOR_IMPL: _generator_impl}
-
-
-def _ours(name: str) -> Any:
-    if name in _GENERATORS:
-        return _GENERATORS[name]
-    found = getattr(compat, name, None)
-    if found is None or isinstance(found, ModuleType):
-        found = getattr(sys.modules["distckpt.compat.checkpoint"], name, None)
-    return found
+_OURS: dict[str, Any] = {
+    ours.__name__: ours
+    for ours in (
+        CheckpointError,
+        CheckpointFunction,
+        DefaultDeviceType,
+        GraphExecGroup,
+        SelectiveCheckpointContext,
+        check_backward_validity,
+        checkpoint,
+        checkpoint_sequential,
+        create_selective_checkpoint_contexts,
+        detach_variable,
+        get_device_states,
+        set_checkpoint_debug_enabled,
+        set_checkpoint_early_stop,
+        set_device_states,
+    )
+} | {"SAC_IGNORED_OPS": SAC_IGNORED_OPS, GENERATOR: _generator, GENERATOR_IMPL: _generator_impl}
 
 
 def _rebind() -> None:

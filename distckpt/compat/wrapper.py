@@ -38,7 +38,7 @@ class CheckpointWrapper(_torchs.CheckpointWrapper):
     def __init__(
         self,
         mod: torch.nn.Module,
-        checkpoint_impl: Any = CheckpointImpl.NO_REENTRANT,
+        checkpoint_impl: object = CheckpointImpl.NO_REENTRANT,
         checkpoint_fn: Callable[..., Any] | None = None,
         **checkpoint_fn_kwargs: Any,
     ) -> None:
@@ -53,7 +53,7 @@ class CheckpointWrapper(_torchs.CheckpointWrapper):
 
 def checkpoint_wrapper(
     module: torch.nn.Module,
-    checkpoint_impl: Any = CheckpointImpl.NO_REENTRANT,
+    checkpoint_impl: object = CheckpointImpl.NO_REENTRANT,
     checkpoint_fn: Callable[..., Any] | None = None,
     **checkpoint_fn_kwargs: Any,
 ) -> torch.nn.Module:

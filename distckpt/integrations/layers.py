@@ -130,7 +130,7 @@ def _guard(model: PreTrainedModel, on: bool) -> None:
         del model.__dict__["_set_gradient_checkpointing"]
 
 
-def refuse(enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1) -> None:
+def refuse(enable: bool = True, gradient_checkpointing_func: object = None, every_n_layers: int = 1) -> None:
     """Stands in for ``model._set_gradient_checkpointing`` while regions are on the model.
 
     Raises:
@@ -159,7 +159,7 @@ def _pin_outputs(router: torch.nn.Module, on: bool) -> None:
             del router._forward_hooks[key]
 
 
-def pin_decisions(router: torch.nn.Module, args: Any, output: Any) -> Any:
+def pin_decisions(router: torch.nn.Module, args: object, output: object) -> Any:
     """A forward hook that pins the indices among a router's outputs: which experts, decided once."""
     if torch.compiler.is_compiling():
         return None

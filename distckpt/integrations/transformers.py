@@ -33,7 +33,7 @@ class DistckptCallback(TrainerCallback):
         self.options = options
         self.handle: Applied | None = None
 
-    def on_init_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+    def on_init_end(self, args: object, state: object, control: object, **others: Any) -> None:
         """Refuse settings that cannot both be honoured."""
         _refuse_fsdp(args)
         if _flag(args):
@@ -49,20 +49,20 @@ class DistckptCallback(TrainerCallback):
             (disable or model.gradient_checkpointing_disable)()  # the name in earlier versions
         self.handle = apply(model, self.globs, **self.options)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+    def on_train_end(self, args: object, state: object, control: object, **others: Any) -> None:
         """Take the regions off."""
         if self.handle is not None:
             self.handle.remove()
             self.handle = None
 
 
-def _flag(args: Any) -> bool:
+def _flag(args: object) -> bool:
     return bool(
         getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None)
     )
 
 
-def _refuse_fsdp(args: Any) -> None:
+def _refuse_fsdp(args: object) -> None:
     config = getattr(args, "fsdp_config", None)
     asked = config.get("activation_checkpointing") if isinstance(config, dict) else None
     if asked is None:
@@ -76,7 +76,7 @@ def _refuse_fsdp(args: Any) -> None:
         )
 
 
-def _refuse_kwargs(args: Any) -> None:
+def _refuse_kwargs(args: object) -> None:
     given = getattr(args, "activation_checkpointing_kwargs", None) or getattr(
         args, "gradient_checkpointing_kwargs", None
     )

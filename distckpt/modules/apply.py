@@ -147,7 +147,7 @@ def apply(
 _OPTIONS = {name for name, p in inspect.signature(apply).parameters.items() if p.kind is p.KEYWORD_ONLY}
 
 
-def _not_a_model(model: Any, globs: Any) -> NotAModel:
+def _not_a_model(model: object, globs: object) -> NotAModel:
     swapped = isinstance(globs, torch.nn.Module)
     return NotAModel(
         f"dc.apply puts regions on the modules of a model, and was given a {type(model).__name__}",
@@ -281,7 +281,7 @@ def _predicate(function: Callable[..., Any]) -> Callable[[str, Module], Any]:
     raise _bad(function, f"a function with the parameters {signature}")
 
 
-def _bad(part: Any, what: str) -> BadChoice:
+def _bad(part: object, what: str) -> BadChoice:
     return BadChoice(
         f"modules cannot be chosen by {what}",
         fix=f"choose by {_FORMS}; a function takes a module, or its name and the module",

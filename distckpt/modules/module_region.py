@@ -109,7 +109,7 @@ def _call(region: ModuleRegion, /, *args: Any, **kwargs: Any) -> Any:
     return _open(module, region.inner, options, args, kwargs)
 
 
-def _rebound(owner: Any) -> Rebound:
+def _rebound(owner: object) -> Rebound:
     return Rebound(
         f"the function of a region's forward was bound to a {type(owner).__name__}, and no longer knows its region",
         why="somebody took module.forward.__func__ and made a method of the module's of it; accelerate does so to the "
