@@ -33,7 +33,7 @@ from typing import Any
 import torch.distributed as dist
 
 from distckpt import _torch_dist
-from distckpt.engine.events import on_failed_replay
+from distckpt.engine.stats import on_failed_replay
 from distckpt.errors import RemoteReplayFailed
 from distckpt.ranks.meeting import Channel, Verdict
 

@@ -22,7 +22,7 @@ from distckpt.ranks.watch import Watch
 from distckpt.ranks.world import World, detect
 
 if TYPE_CHECKING:
-    from distckpt.modules.choice import Choice
+    from distckpt.modules.apply import Choice
     from distckpt.ranks.fsdp import Sharded
     from distckpt.ranks.fsdp_units import Units
     from distckpt.ranks.partition import Partition

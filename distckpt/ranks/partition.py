@@ -19,8 +19,8 @@ from distckpt_backends import get
 
 from distckpt._torch import make_saved_tensor, without_dispatch_modes
 from distckpt._torch_dist import all_gather, group_device_types, plain_part
+from distckpt.engine.determinism import checksum
 from distckpt.engine.inputs import Packed, own, tensors
-from distckpt.engine.verify import checksum
 from distckpt.errors import BadPartition, InputsDiffer
 from distckpt.ranks.kept import Kept
 from distckpt.ranks.pieces import Piece, digest, piece

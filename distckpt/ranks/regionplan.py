@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from distckpt import _torch
-from distckpt.engine.options import Options
+from distckpt.engine.region import Options
 from distckpt.errors import BadPlan
-from distckpt.modules.forward import region_of
+from distckpt.modules.module_region import region_of
 
 VERSION = 1
 Regions = Mapping[str, Any]  # dotted name -> {"by": what made it a region, "options": {...}}

@@ -14,7 +14,7 @@ from distckpt_backends import get as backend_for
 
 import distckpt
 from distckpt.engine import streams
-from distckpt.engine.devices import DefaultDeviceType, device_types
+from distckpt.engine.rng import DefaultDeviceType, device_types
 from distckpt.errors import BadOption, MixedRankDevices, PlanNotMet, StageMissing
 from distckpt.ranks.meeting import Verdict, failed
 from distckpt.ranks.regionplan import RegionPlan, canonical, describe, differences, digest, plain

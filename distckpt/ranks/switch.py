@@ -26,8 +26,8 @@ from distckpt_backends import Backend, get, live
 
 from distckpt._torch import graph_task_id
 from distckpt.engine import streams
+from distckpt.engine.region import is_recomputing
 from distckpt.engine.rng import Generator
-from distckpt.engine.state import is_recomputing
 from distckpt.errors import StreamInUse, UnknownStream
 
 DEFAULT = "default"  # the stream that a process has anyway

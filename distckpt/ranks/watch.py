@@ -24,8 +24,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distckpt import _torch_dist
-from distckpt.engine.region import describe
-from distckpt.engine.state import is_recomputing, region_here
+from distckpt.engine.region import describe, is_recomputing, region_here
 from distckpt.errors import CollectivesDiffer
 from distckpt.ranks.agreement import ranks as named
 from distckpt.ranks.meeting import Channel, Verdict

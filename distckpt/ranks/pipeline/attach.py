@@ -11,7 +11,7 @@ import torch
 from distckpt._torch_dist import custom_computations, is_stage, schedule_kind, schedule_stages, step_with
 from distckpt.errors import AlreadyAttached, BadOption, StageNotInPlan, UnknownSchedule
 from distckpt.modules import Applied, apply
-from distckpt.modules.choice import Choice, parts_of
+from distckpt.modules.apply import Choice, parts_of
 from distckpt.ranks.pipeline.early import EarlyReplay
 from distckpt.ranks.pipeline.limit import Ahead, limit_of
 from distckpt.ranks.pipeline.order import Order, order_of

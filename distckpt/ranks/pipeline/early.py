@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from distckpt.engine.hooks import fill
 from distckpt.engine.region import Region, owner
 from distckpt.ranks.pipeline.limit import Ahead
 from distckpt.ranks.pipeline.order import Order
@@ -74,7 +75,7 @@ def replay_ahead(stage: Stage, session: MicroBatch) -> None:
             if reason is not None:
                 late[reason] += 1
                 continue
-            region.fill()
+            fill(region)
             if room is not None and session.ahead > room:  # larger than in any micro-batch before
                 late[f"more than {stage.limit} bytes ahead, seen after the replay"] += 1
                 region.clear()

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from distckpt._torch import current_node
-from distckpt.engine.held import held, held_storages, input_keys, value_storages
 from distckpt.engine.inputs import tensors
-from distckpt.engine.region import Region, describe
+from distckpt.engine.region import Region, Slot, describe, here, region_here
 from distckpt.engine.sessions import Session
-from distckpt.engine.slot import Slot
-from distckpt.engine.state import here, region_here
+from distckpt.engine.stats import held, held_storages, input_keys, value_storages
 from distckpt.ranks.pipeline.halves import Again
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from distckpt._torch_dist import BACKWARD, FORWARD, INPUT_BACKWARD, WEIGHT_BACKWARD, sharded_units, stage_ends
-from distckpt.engine.held import held, keys
 from distckpt.engine.region import Region
+from distckpt.engine.stats import held, keys
 from distckpt.ranks.pipeline.limit import Ahead
 from distckpt.ranks.pipeline.order import Order
 from distckpt.ranks.pipeline.report import StageReport
