@@ -10,10 +10,10 @@ from typing import Any
 from distckpt_backends.errors import DistckptError
 
 from distckpt.errors import MixedRankDevices, ModelsDiffer, PlansDiffer, RanksDisagree, StageMissing
-from distckpt.ranks.meeting import Verdict, spans
 from distckpt.ranks.regionplan import canonical, describe, differences
 from distckpt.ranks.signature import different
 from distckpt.ranks.statement import listed
+from distckpt.ranks.store import Verdict, spans
 
 SHOWN = (
     4  # different answers to one question that a diff shows; their first ranks are asked for the long text

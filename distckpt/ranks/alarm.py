@@ -35,7 +35,7 @@ import torch.distributed as dist
 from distckpt import _torch_dist
 from distckpt.engine.events import on_failed_replay
 from distckpt.errors import RemoteReplayFailed
-from distckpt.ranks.meeting import Channel, Verdict
+from distckpt.ranks.store import Channel, Verdict
 
 EXIT_CODE = 86
 _EVERY = 1.0  # seconds between two looks

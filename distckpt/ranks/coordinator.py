@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from distckpt.errors import BadOption
-from distckpt.ranks import exchange
 from distckpt.ranks.agreement import judge, judge_work
 from distckpt.ranks.alarm import Alarm, start
 from distckpt.ranks.fsdp import AS_UNITS
-from distckpt.ranks.meeting import Channel, open_store
 from distckpt.ranks.regionplan import RegionPlan
 from distckpt.ranks.statement import Work, collect
+from distckpt.ranks.store import Channel, gather, open_store
 from distckpt.ranks.watch import Watch
-from distckpt.ranks.world import World, detect
+from distckpt.ranks.world import World, detect, group_size
 
 if TYPE_CHECKING:
     from distckpt.modules.choice import Choice
@@ -364,7 +363,7 @@ class Coordinator:
         """
         from distckpt.ranks.stream_check import compare, drawn
 
-        return compare(exchange.gather(self._ready("check_streams", drawn)))
+        return compare(gather(self._ready("check_streams", drawn)))
 
     def partition(
         self, group: Any, *, min_bytes: int = 65536, prefetch: bool = True, check: str = "first"
@@ -420,4 +419,4 @@ class Coordinator:
 
     def _ready(self, topic: str, work: Callable[[], T]) -> T:
         """Do ``work`` before a gather through the process group; where there is none, this rank is alone."""
-        return work() if exchange.world() == 1 else self._together(topic, work)
+        return work() if group_size() == 1 else self._together(topic, work)

@@ -16,9 +16,9 @@ import distckpt
 from distckpt.engine import streams
 from distckpt.engine.devices import DefaultDeviceType, device_types
 from distckpt.errors import BadOption, MixedRankDevices, PlanNotMet, StageMissing
-from distckpt.ranks.meeting import Verdict, failed
 from distckpt.ranks.regionplan import RegionPlan, canonical, describe, differences, digest, plain
 from distckpt.ranks.signature import Place, Signature, dimensions
+from distckpt.ranks.store import Verdict, failed
 from distckpt.ranks.world import World
 
 # Mesh dimensions along which the plans are free to differ: each coordinate is a pipeline stage.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from distckpt.errors import StreamsDisagree
-from distckpt.ranks import exchange
+from distckpt.ranks.store import gather
 from distckpt.ranks.switch import DEFAULT, Stream, generators, switch
 
 _DRAWS = 64
@@ -33,7 +33,7 @@ def check_streams() -> list[Checked]:
         StreamsDisagree: on every rank, naming ranks (DC453).
         StreamInUse: inside a block (DC451).
     """
-    return compare(exchange.gather(drawn()))
+    return compare(gather(drawn()))
 
 
 def drawn() -> dict[str, Any]:

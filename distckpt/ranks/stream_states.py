@@ -20,9 +20,11 @@ from typing import Any
 from distckpt.engine import streams as engine_streams
 from distckpt.engine.rng import Generator
 from distckpt.errors import UnsavableStream, WrongState
-from distckpt.ranks import exchange, plain_data
+from distckpt.ranks import plain_data
 from distckpt.ranks.plain_data import NotPlain
+from distckpt.ranks.store import gather
 from distckpt.ranks.switch import DEFAULT, Stream, generators, switch
+from distckpt.ranks.world import group_rank, group_size
 
 _VERSION = 2
 
@@ -45,7 +47,7 @@ def together(mine: bytes) -> dict[str, Any]:
         ``{"version": int, "world": int, "states": bytes}``, equal on all ranks; ``states`` is plain data, one
         entry per global rank: its default generators, named streams and registered generators and sources.
     """
-    everyone = exchange.gather(mine)
+    everyone = gather(mine)
     return {"version": _VERSION, "world": len(everyone), "states": plain_data.dumps(everyone)}
 
 
@@ -106,7 +108,7 @@ def load_state_dict(state: dict[str, Any], strict: bool = True) -> None:
     """
     switch.refuse_inside("loaded")
     everyone = _open(state)
-    rank, world = exchange.rank(), exchange.world()
+    rank, world = group_rank(), group_size()
     if strict and len(everyone) != world:
         raise WrongState(
             f"the random states are of {len(everyone)} ranks, and this job has {world}",
@@ -184,7 +186,7 @@ def _named(everyone: list[Any], mine: Any, strict: bool) -> dict[str, Stream]:
     now = {name: s for name, s in switch.now.streams.items() if name != DEFAULT}
     if strict:
         assert mine is not None  # as many ranks as then
-        _same_keys("named streams", mine["named"], now, True, exchange.rank())
+        _same_keys("named streams", mine["named"], now, True, group_rank())
     keys = _keys()
     found: dict[str, Stream] = {}
     for name, stream in now.items():
@@ -193,7 +195,7 @@ def _named(everyone: list[Any], mine: Any, strict: bool) -> dict[str, Stream]:
         if strict and mine is not None and mine["named"][name][:2] != who:
             base, at, _ = mine["named"][name]
             raise WrongState(
-                f"stream {name!r} of rank {exchange.rank()} was saved with seed {base} at {dict(at)}, and has "
+                f"stream {name!r} of rank {group_rank()} was saved with seed {base} at {dict(at)}, and has "
                 f"seed {stream.base} at {dict(stream.coordinates)} now",
                 why="the ranks stand at other places of the mesh than when the states were saved",
                 fix="make the mesh as it was, or load with strict=False, which goes by coordinates",
@@ -203,7 +205,7 @@ def _named(everyone: list[Any], mine: Any, strict: bool) -> dict[str, Stream]:
         states = next((c["named"][name][2] for c in candidates if c["named"].get(name, ())[:2] == who), None)
         fresh: dict[Any, Any] = {}
         if states is not None:
-            _same_keys(f"devices of stream {name!r}", states, keys, strict, exchange.rank(), more=True)
+            _same_keys(f"devices of stream {name!r}", states, keys, strict, group_rank(), more=True)
             fresh = {keys[key].device: value for key, value in states.items() if key in keys}
         found[name] = dataclasses.replace(stream, states=fresh)
     return found

@@ -29,8 +29,8 @@ from distckpt import _torch_dist
 from distckpt._torch import call_without_dynamo, dynamo_callback, opaque_to_dynamo
 from distckpt.engine import streams as engine_streams
 from distckpt.errors import BadStreams
-from distckpt.ranks import exchange
 from distckpt.ranks.switch import DEFAULT, Frame, Stream, switch
+from distckpt.ranks.world import group_rank, group_size
 
 STREAMS: dict[str, tuple[str, ...]] = {
     "data-parallel": ("dp", "pp"),
@@ -181,9 +181,9 @@ def _names(*given: Iterable[Any]) -> bool:
 def _coordinates(mesh: Any, meanings: Mapping[str, str], wanted: set[str]) -> list[tuple[str, str, int]]:
     """Name, meaning and this rank's coordinate of every dim of the mesh."""
     if mesh is None:
-        if exchange.world() > 1:
+        if group_size() > 1:
             raise BadStreams(
-                f"random streams need a mesh: this job has {exchange.world()} ranks",
+                f"random streams need a mesh: this job has {group_size()} ranks",
                 why="without coordinates every rank would get the same streams",
                 fix='mesh = init_device_mesh(device_type, (dp, tp), mesh_dim_names=("dp", "tp"))',
             )
@@ -198,7 +198,7 @@ def _coordinates(mesh: Any, meanings: Mapping[str, str], wanted: set[str]) -> li
     at = mesh.get_coordinate()
     if at is None:
         raise BadStreams(
-            f"rank {exchange.rank()} is not in the mesh", fix="seed its streams with a mesh that it is in"
+            f"rank {group_rank()} is not in the mesh", fix="seed its streams with a mesh that it is in"
         )
     known = set(ALIASES.values()) | wanted
     strange = [name for name in names if meanings.get(name, name) not in known and name not in known]

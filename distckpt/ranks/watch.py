@@ -28,9 +28,9 @@ from distckpt.engine.region import describe
 from distckpt.engine.state import is_recomputing, region_here
 from distckpt.errors import CollectivesDiffer
 from distckpt.ranks.agreement import ranks as named
-from distckpt.ranks.meeting import Channel, Verdict
 from distckpt.ranks.regionplan import digest
 from distckpt.ranks.statement import listed
+from distckpt.ranks.store import Channel, Verdict
 
 _NAMESPACES = ("c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd")
 _NOT_COLLECTIVE = ("send", "recv_", "recv_any_source_", "wait_tensor", "monitored_barrier_")

@@ -12,7 +12,7 @@ import torch
 
 import distckpt as dc
 from distckpt.errors import StreamInUse, UnsavableStream, WrongState
-from distckpt.ranks import exchange, plain_data
+from distckpt.ranks import plain_data, stream_states
 from distckpt.ranks.coordinator import Coordinator
 from distckpt.ranks.switch import switch
 from tests.fakes.module import FakeModule
@@ -246,8 +246,8 @@ def test_a_rank_that_the_saved_job_did_not_have_keeps_its_own_generators(
         torch.manual_seed(31)
         own = torch.rand(3).tolist()
         torch.manual_seed(31)
-        monkeypatch.setattr(exchange, "rank", lambda: 5)
-        monkeypatch.setattr(exchange, "world", lambda: 6)
+        monkeypatch.setattr(stream_states, "group_rank", lambda: 5)
+        monkeypatch.setattr(stream_states, "group_size", lambda: 6)
         coord.load_state_dict(saved, strict=False)
         assert draw("data-parallel") == [own, expected]
 
