@@ -2,5 +2,5 @@
 
 from distckpt.ranks.coordinator import Coordinator as Coordinator
 from distckpt.ranks.fsdp_replay import guard_units as guard_units
-from distckpt.ranks.regionplan import RegionPlan as RegionPlan
+from distckpt.ranks.plan import RegionPlan as RegionPlan
 from distckpt.ranks.world import World as World

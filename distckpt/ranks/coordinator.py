@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from distckpt.errors import BadOption
-from distckpt.ranks.agreement import judge, judge_work
-from distckpt.ranks.alarm import Alarm, start
+from distckpt.ranks.consistency import Work, collect, judge, judge_work
 from distckpt.ranks.fsdp import AS_UNITS
-from distckpt.ranks.regionplan import RegionPlan
-from distckpt.ranks.statement import Work, collect
+from distckpt.ranks.plan import RegionPlan
 from distckpt.ranks.store import Channel, gather, open_store
-from distckpt.ranks.watch import Watch
+from distckpt.ranks.watchdog import DesyncCheck, Watchdog, start
 from distckpt.ranks.world import World, detect, group_size
 
 if TYPE_CHECKING:
@@ -43,7 +41,7 @@ class Coordinator:
         timeout: seconds that a check waits for the other ranks.
         world_size: the number of ranks that this job is fixed to; None takes the world as it is.
         alarm: after the first check or attach, let a replay that fails on one rank end the others too; see
-            ``ranks/alarm.py``.
+            ``ranks/watchdog.py``.
         store: a ``torch.distributed.Store`` to meet through, instead of the default process group's.
         world: what to believe instead of the launcher and the running process group.
 
@@ -101,7 +99,7 @@ class Coordinator:
         self.timeout = timeout
         self._fixed_size = world_size
         self._wants_alarm = alarm
-        self._alarm: Alarm | None = None
+        self._alarm: Watchdog | None = None
         self._store = store
         self._world = world
         self._channel: Channel | None = None
@@ -186,7 +184,7 @@ class Coordinator:
         self._start_alarm(channel)
         return own.plan
 
-    def watch(self, *, every: int = 1) -> Watch:
+    def watch(self, *, every: int = 1) -> DesyncCheck:
         """Compare the collectives inside replays over ranks: ``with coord.watch(): loss = ...; loss.backward()``.
 
         Each is compared before it goes out, so that ranks about to enter different ones get an error instead of a
@@ -205,7 +203,7 @@ class Coordinator:
             )
         channel = self._open()
         self._start_alarm(channel)
-        return Watch(channel, every=every, timeout=self.timeout)
+        return DesyncCheck(channel, every=every, timeout=self.timeout)
 
     def close(self) -> None:
         """Stop the alarm, unless another coordinator of this process uses it. Done by itself when the process ends."""

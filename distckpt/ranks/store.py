@@ -35,7 +35,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -416,6 +416,12 @@ def spans(ranks: Sequence[int]) -> str:
         else:
             runs.append([rank])
     return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+def named_ranks(members: Iterable[int]) -> str:
+    """``rank 3`` or ``ranks 0-2, 5``."""
+    members = list(members)
+    return f"rank{'s' * (len(members) > 1)} {spans(members)}"
 
 
 def _pack(verdict: Verdict) -> bytes:

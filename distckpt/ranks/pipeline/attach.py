@@ -18,7 +18,7 @@ from distckpt.ranks.pipeline.order import Order, order_of
 from distckpt.ranks.pipeline.report import StageReport
 from distckpt.ranks.pipeline.stage import Stage
 from distckpt.ranks.pipeline.weights import WeightHalves
-from distckpt.ranks.regionplan import plain
+from distckpt.ranks.plan import comparable
 
 
 class Attached:
@@ -183,7 +183,7 @@ def _said(choice: Choice) -> Any:
     """A choice in a form that does not depend on who wrote it: a glob is a list of one, and modules, which only the
     ranks of their stage have, are their classes."""
     return sorted(
-        type(part).__name__ if isinstance(part, torch.nn.Module) else str(plain(part))
+        type(part).__name__ if isinstance(part, torch.nn.Module) else str(comparable(part))
         for part in parts_of(choice)
     )
 
