@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from distckpt.ranks.fsdp_units import Units
     from distckpt.ranks.partition import Partition
     from distckpt.ranks.pipeline.attach import Attached
-    from distckpt.ranks.stream_check import Checked
-    from distckpt.ranks.streams import Seeded
+    from distckpt.ranks.rng_states import Checked
+    from distckpt.ranks.rng_streams import Seeded
 
 T = TypeVar("T")
 
@@ -343,9 +343,9 @@ class Coordinator:
             A handle with ``remove()``.
 
         Raises:
-            BadStreams, StreamInUse: see :func:`distckpt.ranks.streams.seed_streams`.
+            BadStreams, StreamInUse: see :func:`distckpt.ranks.rng_streams.seed_streams`.
         """
-        from distckpt.ranks.streams import seed_streams
+        from distckpt.ranks.rng_streams import seed_streams
 
         return seed_streams(mesh, seed, streams=streams, aliases=aliases)
 
@@ -359,7 +359,7 @@ class Coordinator:
             StreamsDisagree: on every rank, naming ranks (DC453). RanksMissing, RankFailed: as in :meth:`check`.
             StreamInUse: on every rank, when one is inside a block (DC451).
         """
-        from distckpt.ranks.stream_check import compare, drawn
+        from distckpt.ranks.rng_states import compare, drawn
 
         return compare(gather(self._ready("check_streams", drawn)))
 
@@ -395,7 +395,7 @@ class Coordinator:
             StreamInUse: on every rank, when one is inside a block (DC451).
             RanksMissing, RankFailed: as in :meth:`check`.
         """
-        from distckpt.ranks.stream_states import own_state, together
+        from distckpt.ranks.rng_states import own_state, together
 
         return together(self._ready("state_dict", own_state))
 
@@ -411,7 +411,7 @@ class Coordinator:
         Raises:
             WrongState: it does not fit, and why (DC455). StreamInUse: inside a block of a stream (DC451).
         """
-        from distckpt.ranks.stream_states import load_state_dict
+        from distckpt.ranks.rng_states import load_state_dict
 
         load_state_dict(state, strict)
 

@@ -22,8 +22,7 @@ from distckpt._torch_dist import all_gather, group_device_types, plain_part
 from distckpt.engine.inputs import Packed, own, tensors
 from distckpt.engine.verify import checksum
 from distckpt.errors import BadPartition, InputsDiffer
-from distckpt.ranks.kept import Kept
-from distckpt.ranks.pieces import Piece, digest, piece
+from distckpt.ranks.sharded_inputs import Piece, ShardedInputs, form_digest, piece
 
 CHECKS = ("first", "always", "leave", "never")
 
@@ -56,7 +55,7 @@ class Partition:
     """Keeps 1/t of regions' inputs per rank of a group: pass it to ``dc.checkpoint`` or ``dc.apply`` as ``partition=``.
 
     For inputs that are equal on every rank of the group, as between the blocks of a tensor-parallel model. Make
-    one per group and keep it. Kept whole are parameters, tensors below ``min_bytes``, DTensors that are not
+    one per group and keep it. ShardedInputs whole are parameters, tensors below ``min_bytes``, DTensors that are not
     replicated over the group (they are divided already), and tensors with overlapping elements. The ranks of a
     group must record and replay the same regions in the same order, one backward at a time.
 
@@ -96,7 +95,7 @@ class Partition:
         self.counts = Counts()
         self._thread = threading.local()
         self.recorded = 0  # regions so far; the same on every rank
-        self._flying: weakref.ref[Kept] | None = None
+        self._ahead: weakref.ref[ShardedInputs] | None = None
         self._seen: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
 
     def __repr__(self) -> str:
@@ -127,7 +126,7 @@ class Partition:
         if not chosen:
             return _own_all(fn, args, kwargs, None)
         pieces = [c.piece for c in chosen]
-        kept = Kept(self, pieces, [c.part for c in chosen])
+        kept = ShardedInputs(self, pieces, [c.part for c in chosen])
         places = {id(c.whole): i for i, c in enumerate(chosen)}
 
         makers = [c.make for c in chosen]  # without the tensors themselves
@@ -170,7 +169,7 @@ class Partition:
     # The check -----------------------------------------------------------------------------------------------
 
     def _checked(self, fn: Any, chosen: list[_Chosen]) -> list[_Chosen]:
-        form = digest([c.piece for c in chosen])
+        form = form_digest([c.piece for c in chosen])
         seen = self._seen.setdefault(_site(fn), set()) if self.check == "first" else set()
         if form in seen:
             return chosen
@@ -214,18 +213,18 @@ class Partition:
 
     # What was recorded last, and whose gather is ahead -------------------------------------------------------
 
-    def last_recorded(self, kept: Kept) -> weakref.ref[Kept] | None:
+    def last_recorded(self, inputs: ShardedInputs) -> weakref.ref[ShardedInputs] | None:
         """The record before this one on this thread."""
         before = getattr(self._thread, "last", None)
-        self._thread.last = weakref.ref(kept)
+        self._thread.last = weakref.ref(inputs)
         return before
 
-    def fly(self, kept: Kept) -> None:
-        """``kept`` is about to be gathered ahead; drop another one that still is."""
-        other = None if self._flying is None else self._flying()
-        if other is not None and other is not kept:
-            other.land()
-        self._flying = weakref.ref(kept)
+    def gather_ahead(self, inputs: ShardedInputs) -> None:
+        """``inputs`` are about to be gathered ahead; drop another one that still is."""
+        other = None if self._ahead is None else self._ahead()
+        if other is not None and other is not inputs:
+            other.drop()
+        self._ahead = weakref.ref(inputs)
 
 
 def _own_all(

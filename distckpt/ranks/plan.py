@@ -28,7 +28,7 @@ from distckpt import _torch, _torch_dist
 from distckpt.engine.options import Options
 from distckpt.errors import BadOption, BadPlan, PlanNotMet, StageMissing
 from distckpt.modules.forward import region_of
-from distckpt.ranks.streams import ALIASES
+from distckpt.ranks.rng_streams import ALIASES
 
 VERSION = 1
 Regions = Mapping[str, Any]  # dotted name -> {"by": what made it a region, "options": {...}}

@@ -16,7 +16,7 @@ from distckpt.compat.composable import composable_checkpoint
 from distckpt.compat.wrapper import checkpoint_wrapper
 from distckpt.modules import apply
 from distckpt.ranks import Coordinator
-from distckpt.ranks.fsdp_replay import guard_units
+from distckpt.ranks.fsdp import guard_units
 from tests.ranks.sharded import (
     FLAT,
     NESTED,

@@ -16,7 +16,7 @@ import distckpt as dc
 from distckpt.compat.composable import composable_checkpoint
 from distckpt.compat.wrapper import checkpoint_wrapper
 from distckpt.modules import apply
-from distckpt.ranks.fsdp_replay import guard_units
+from distckpt.ranks.fsdp import guard_units
 from tests.ranks.sharded import Model, compare, one_forward, train, two_forwards
 from tests.ranks.spawn import leave, report
 

@@ -1,4 +1,10 @@
-"""Kept: what one rank keeps of a region's partitioned inputs, and how they come back for a replay.
+"""Sharded inputs: what one rank keeps of a region's partitioned inputs, and how they come back, to the bit and stride.
+
+Note [Layout]
+    The pieces of a region lie one after another in one run of bytes, each where its storage offset would put it
+    modulo 64 bytes: kernels may round differently at another alignment. A tensor without gaps is its memory as it
+    is, whatever its strides. One with gaps (a slice) is packed, and gets its gaps back. Dims of stride 0 (expand)
+    are kept once. A tensor whose elements overlap otherwise is no piece.
 
 Note [Gather]
     Each rank keeps an equal chunk of the run of bytes. A replay gathers the chunks with one collective. Every chunk
@@ -16,6 +22,7 @@ Note [One ahead]
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,15 +39,106 @@ from distckpt._torch import (
 from distckpt._torch_dist import all_gather
 from distckpt.engine.inputs import Packed
 from distckpt.errors import GatherMismatch, InputChanged
-from distckpt.ranks.pieces import Piece, digest
 
 if TYPE_CHECKING:
     from distckpt.ranks.partition import Partition
 
+
+_ALIGN = 64
+
+
+class Piece:
+    """The form of one tensor, and its place in the run: ``start`` and ``nbytes``."""
+
+    __slots__ = (
+        "core",
+        "dense",
+        "dtype",
+        "nbytes",
+        "requires_grad",
+        "shift",
+        "size",
+        "span",
+        "start",
+        "stride",
+    )
+
+    def __init__(self, t: torch.Tensor, core: list[tuple[int, int]], span: int, start: int) -> None:
+        self.size, self.stride, self.dtype = tuple(t.shape), t.stride(), t.dtype
+        self.requires_grad = t.requires_grad
+        self.core = core
+        self.span = span  # elements from the first to the last one in memory
+        numel = _numel(core)
+        self.dense = numel == span
+        self.nbytes = numel * t.element_size()
+        self.shift = int(t.storage_offset()) * t.element_size() % _ALIGN
+        self.start = start + (self.shift - start) % _ALIGN
+
+    @property
+    def end(self) -> int:
+        return self.start + self.nbytes
+
+    def read(self, t: torch.Tensor) -> torch.Tensor:
+        """The bytes of ``t``; a view of its memory where it has no gaps."""
+        t = t.detach()
+        if self.dense:
+            flat = t.as_strided((self.span,), (1,), t.storage_offset())
+        else:
+            sizes, strides = zip(*self.core, strict=True)
+            flat = t.as_strided(sizes, strides, t.storage_offset()).contiguous().view(-1)
+        return flat.view(torch.uint8)
+
+    def write(self, run: torch.Tensor) -> torch.Tensor:
+        """The tensor again, from the run of all bytes; a view of it where it has no gaps."""
+        flat = run[self.start : self.end].view(self.dtype)
+        if self.dense:
+            t = flat.as_strided(self.size, self.stride, flat.storage_offset())
+        else:
+            gap = self.shift // self.dtype.itemsize
+            memory = torch.zeros((gap + self.span,), dtype=self.dtype, device=run.device)
+            sizes, strides = zip(*self.core, strict=True)
+            memory.as_strided(sizes, strides, gap).copy_(flat.view(sizes))
+            t = memory.as_strided(self.size, self.stride, gap)
+        return t.requires_grad_() if self.requires_grad else t
+
+    def form(self) -> tuple[Any, ...]:
+        """What must be equal on all ranks."""
+        return self.size, self.stride, str(self.dtype), self.start, self.requires_grad
+
+
+def _numel(core: list[tuple[int, int]]) -> int:
+    n = 1
+    for size, _ in core:
+        n *= size
+    return n
+
+
+def piece(t: torch.Tensor, start: int) -> Piece | None:
+    """The piece of ``t`` when it may begin at byte ``start``; None for a tensor that cannot be one."""
+    if t.layout is not torch.strided or t.is_quantized or t.is_conj() or t.is_neg() or t.is_inference():
+        return None
+    if t.numel() == 0 or t.is_meta:
+        return None
+    core = [(size, stride) for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1 and stride]
+    core = core or [(1, 1)]
+    span = 1
+    for size, stride in sorted(core, key=lambda dim: dim[1]):
+        if stride < span:
+            return None  # elements overlap
+        span += (size - 1) * stride
+    return Piece(t, core, span, start)
+
+
+def form_digest(pieces: list[Piece]) -> int:
+    """A number that is equal on two ranks when their pieces have the same form."""
+    text = repr([p.form() for p in pieces]).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big", signed=True)
+
+
 _TAG = 16  # bytes: the region's number and the digest of its pieces
 
 
-class Flight:
+class AsyncGather:
     """A gather under way."""
 
     __slots__ = ("_got", "_sent", "_work")
@@ -67,7 +165,7 @@ class Flight:
             return tags, self._got[:, _TAG:].reshape(-1)
 
 
-class Kept:
+class ShardedInputs:
     """The chunk of one region's record, and the tensors while a replay takes them."""
 
     def __init__(self, partition: Partition, pieces: list[Piece], tensors: list[torch.Tensor]) -> None:
@@ -78,8 +176,8 @@ class Kept:
         self.behind_hooks = top_saved_tensors_hooks() is not None
         self.size = -(-pieces[-1].end // (partition.size * _TAG)) * _TAG
         self.chunk = make_saved_tensor(self._cut(tensors), False)
-        self.before: weakref.ref[Kept] | None = partition.last_recorded(self)
-        self.flight: Flight | None = None
+        self.before: weakref.ref[ShardedInputs] | None = partition.last_recorded(self)
+        self.gather: AsyncGather | None = None
         self.backward = -1  # the graph task of the last gather
         self._parts = 0
         self._taken: set[int] = set()
@@ -123,15 +221,15 @@ class Kept:
                 )
         counts = self.partition.counts
         task = graph_task_id()
-        flight, self.flight = self.flight, None
-        if flight is None:
-            flight = self._start()
+        gather, self.gather = self.gather, None
+        if gather is None:
+            gather = self._start()
         else:
             counts.prefetched += 1
         self.backward = task
         if task != -1 and self.partition.prefetch:
             self._look_ahead(task)
-        tags, run = flight.wait()
+        tags, run = gather.wait()
         if task == -1 or _is_host(tags):
             self._compare(tags)
         else:  # reading it would wait for the device
@@ -139,26 +237,26 @@ class Kept:
         with torch.no_grad(), without_dispatch_modes():
             return [p.write(run) for p in self.pieces]
 
-    def _start(self) -> Flight:
+    def _start(self) -> AsyncGather:
         self.partition.counts.gathers += 1
-        return Flight(self.chunk.unpack(), self._tag(), self.partition)
+        return AsyncGather(self.chunk.unpack(), self._tag(), self.partition)
 
     def _tag(self) -> tuple[int, int]:
-        return self.number, digest(self.pieces)
+        return self.number, form_digest(self.pieces)
 
     def _look_ahead(self, task: int) -> None:
         before = None if self.before is None else self.before()
-        if before is None or before.behind_hooks or before.flight is not None or before.backward == task:
+        if before is None or before.behind_hooks or before.gather is not None or before.backward == task:
             return
-        self.partition.fly(before)
-        before.flight = before._start()
-        queue_callback(partial(_land, weakref.ref(before)))
+        self.partition.gather_ahead(before)
+        before.gather = before._start()
+        queue_callback(partial(_drop, weakref.ref(before)))
 
-    def land(self) -> None:
+    def drop(self) -> None:
         """Drop a gather that no replay took."""
-        if self.flight is not None:
-            self.flight.wait()
-            self.flight = None
+        if self.gather is not None:
+            self.gather.wait()
+            self.gather = None
             self.partition.counts.dropped += 1
 
     def _compare(self, tags: torch.Tensor) -> None:
@@ -180,7 +278,7 @@ def _is_host(tags: torch.Tensor) -> bool:
     return tags.device.type == "cpu"
 
 
-def _land(ref: weakref.ref[Kept]) -> None:
-    kept = ref()
-    if kept is not None:
-        kept.land()
+def _drop(ref: weakref.ref[ShardedInputs]) -> None:
+    sharded = ref()
+    if sharded is not None:
+        sharded.drop()
