@@ -25,7 +25,6 @@ from report import table, write
 
 import distckpt as dc
 from distckpt._torch_dist import all_gather
-from distckpt.ranks import kept
 from distckpt.ranks.partition import Counts, Partition
 
 WIDTH, HIDDEN, BLOCKS = 256, 512, 8

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from distckpt.ranks.fsdp import Sharded
     from distckpt.ranks.fsdp_units import Units
     from distckpt.ranks.partition import Partition
-    from distckpt.ranks.pipeline.attach import Attached
+    from distckpt.ranks.pipeline import Attached
     from distckpt.ranks.rng_states import Checked
     from distckpt.ranks.rng_streams import Seeded
 

@@ -122,7 +122,7 @@ def test_every_method_of_the_coordinator_has_a_signature_and_a_docstring_of_its_
 @pytest.mark.parametrize(
     ("method", "room"),
     [
-        ("attach", "distckpt.ranks.pipeline.attach.attach"),
+        ("attach", "distckpt.ranks.pipeline.attach"),
         ("fully_shard", "distckpt.ranks.fsdp.fully_shard"),
         ("streams", "distckpt.ranks.rng_streams.seed_streams"),
         ("partition", "distckpt.ranks.partition.Partition"),
