@@ -88,7 +88,7 @@ def measure(rounds: int, tokens: int) -> list[dict[str, Any]]:
     }  # and a warm-up
     rows = []
     for link in LINKS:
-        kept.all_gather = slow(link)
+        room.all_gather = slow(link)
         times: dict[str, list[float]] = {name: [] for name in VARIANTS}
         counts: dict[str, Counts] = {}
         for _ in range(rounds):
