@@ -25,6 +25,7 @@ from report import table, write
 
 import distckpt as dc
 from distckpt._torch_dist import all_gather
+from distckpt.ranks import partition as room
 from distckpt.ranks.partition import Counts, Partition
 
 WIDTH, HIDDEN, BLOCKS = 256, 512, 8

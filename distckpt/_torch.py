@@ -13,6 +13,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
@@ -96,6 +97,8 @@ NAMES = PrivateNames(
 )
 NAMES.need("regions")
 warn_if_untried()
+
+_guards: Any = importlib.import_module("torch._guards")  # imported by torch itself
 _autograd: Any = torch._C._autograd  # type: ignore[attr-defined]
 
 
@@ -256,6 +259,22 @@ def skip_frame(function: Callable[..., Any]) -> None:
     frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, default))  # type: ignore[attr-defined]
 
 
+def skip_frames_below(function: Callable[..., Any]) -> None:
+    """Ask Dynamo to compile neither ``function``'s own frame nor any below it: ``disable`` without its wrapper."""
+    frames: Any = torch._C._dynamo.eval_frame  # type: ignore[attr-defined]
+    skip = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))  # type: ignore[attr-defined]
+
+
+def skip_inner_frames(function: Callable[..., Any]) -> None:
+    """Ask Dynamo not to compile the functions that ``function`` defines, each time it runs, and hands to torch."""
+    frames: Any = torch._C._dynamo.eval_frame  # type: ignore[attr-defined]
+    skip, default = frames._FrameAction.SKIP, frames._FrameAction.DEFAULT
+    for inner in function.__code__.co_consts:
+        if isinstance(inner, CodeType):
+            frames.set_code_exec_strategy(inner, frames._FrameExecStrategy(skip, default))  # type: ignore[attr-defined]
+
+
 def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
@@ -297,11 +316,13 @@ def torch_operator(
     return torch.utils.checkpoint.checkpoint(function, *args, **options, **kwargs)  # type: ignore[attr-defined]
 
 
+_infra_mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
+_traces_non_strictly: Callable[[], bool] = getattr(torch.compiler, "_is_non_strict_tracing", lambda: False)
+
+
 def is_proxy_tracing() -> bool:
     """Whether AOTAutograd or export is tracing on this thread."""
-    if getattr(torch.compiler, "_is_non_strict_tracing", lambda: False)():
-        return False
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    return _infra_mode(_PROXY) is not None and not _traces_non_strictly()
 
 
 def dispatch_mode_is_on() -> bool:
@@ -309,18 +330,16 @@ def dispatch_mode_is_on() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
-def top_dispatch_mode() -> Any:
-    """The innermost dispatch mode of this thread, or None."""
-    from torch.utils._python_dispatch import _get_current_dispatch_mode
-
-    return _get_current_dispatch_mode()
+_dispatch_modes: Any = importlib.import_module("torch.utils._python_dispatch")
+top_dispatch_mode: Callable[[], Any] = _dispatch_modes._get_current_dispatch_mode
+"""The innermost dispatch mode of this thread, or None."""
 
 
 def traced_graph() -> Any:
     """The ``torch.fx`` graph that AOTAutograd or export is tracing on this thread, or None."""
     if not is_proxy_tracing():
         return None
-    mode: Any = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    mode: Any = _infra_mode(_PROXY)
     return mode.tracer.graph
 
 
@@ -466,9 +485,7 @@ def user_saved_tensors_hooks(
 
 def is_aot_tracing() -> bool:
     """Whether AOTAutograd or export is tracing, also while it only propagates fake tensors."""
-    from torch._guards import TracingContext
-
-    return TracingContext.try_get() is not None or is_proxy_tracing()
+    return _guards.TracingContext.try_get() is not None or is_proxy_tracing()
 
 
 def is_compiled_region(func: Any) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch.distributed as dist
 
-from distckpt.cli.launched import place
+from distckpt.cli.environment import place
 from distckpt.errors import CliError
 from launch.errors import BadCheckpoint, LaunchError
 from launch.parallel import World, agree, joined, shared

@@ -1,1 +1,3 @@
-"""The ``distckpt`` command. Importing it, and asking it for help, imports no torch."""
+"""The ``distckpt`` command: one width for its rooms. Importing it, and asking it for help, imports no torch."""
+
+WIDTH = 88  # columns of everything that the command prints

@@ -2,44 +2,124 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
-from distckpt.cli import launched, machine, neighbours
-from distckpt.cli.arguments import Options
-from distckpt.cli.gather import Ranks
-from distckpt.cli.page import Finding, Section, lines, show, wrap
+import torch.distributed as dist
+
+from distckpt.cli.environment import (
+    Place,
+    device_findings,
+    devices,
+    installed,
+    launch_findings,
+    neighbour_findings,
+    place,
+    regions_work,
+    torch_findings,
+    versions,
+)
+from distckpt.cli.report import Finding, Section, lines, show, wrap
 from distckpt.errors import BadEnvironment, RankMissing, ReplayDiffers
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The ranks of one job. Alone, everything is immediate."""
+
+    def __init__(self, place: Place, environment: Mapping[str, str], timeout: float) -> None:
+        """Meets the store. Raises ``torch.distributed.DistNetworkError`` or ``DistStoreError`` when it cannot."""
+        self.place = place
+        self._timeout = timeout
+        self._serves = False
+        if place.size == 1:
+            return
+        # torchrun's agent serves a store already; under another launcher rank 0 does.
+        self._serves = place.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        store = dist.TCPStore(
+            place.address,
+            place.port,
+            None,
+            self._serves,
+            timeout=timedelta(seconds=timeout),
+            wait_for_workers=False,
+        )
+        attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = dist.PrefixStore(f"distckpt/doctor/{attempt}", store)
+
+    def bring(self, mine: Any) -> list[Any]:
+        """Rank 0: what each rank brought, by rank, None for those that did not in time. Elsewhere: nothing."""
+        if self.place.size == 1:
+            return [mine]
+        if self.place.rank != 0:
+            self._store.set(f"found/{self.place.rank}", json.dumps(mine))
+            return []
+        end = time.monotonic() + self._timeout
+        others = [self._wait(f"found/{rank}", end) for rank in range(1, self.place.size)]
+        return [mine, *(None if text is None else json.loads(text) for text in others)]
+
+    def follow(self, lead: Callable[[], T]) -> T:
+        """Rank 0 runs ``lead``; every rank returns what it returned, and nobody leaves before it has.
+
+        A launcher stops all ranks when the first one fails, so rank 0 must have printed by then.
+        """
+        if self.place.size == 1:
+            return lead()
+        if self.place.rank == 0:
+            verdict = lead()
+            self._store.set("verdict", json.dumps(verdict))
+            if self._serves:
+                end = time.monotonic() + 10
+                for rank in range(1, self.place.size):
+                    self._wait(f"left/{rank}", end)
+            return verdict
+        text = self._wait("verdict", time.monotonic() + 2 * self._timeout)
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"left/{self.place.rank}", "")
+        return json.loads(text) if text is not None else 1  # type: ignore[return-value]
+
+    def _wait(self, key: str, end: float) -> str | None:
+        try:
+            self._store.wait([key], timedelta(seconds=max(0.05, end - time.monotonic())))
+            return self._store.get(key).decode()
+        except RuntimeError:  # a timeout, or a store that went away with its rank
+            return None
+
 
 SCHEMA = "distckpt.doctor/1"
 
 
-def doctor(options: Options, environment: Mapping[str, str] | None = None) -> int:
+def doctor(options: Namespace, environment: Mapping[str, str] | None = None) -> int:
     """Look, self-test, print (rank 0 only). Returns the exit code: 0, or 1 when something failed, on every rank."""
     environment = os.environ if environment is None else environment
-    torchs = machine.torch_findings()
-    entries = machine.devices()
+    torchs = torch_findings()
+    entries = devices()
     here, ranks, found = _meet(environment, options.timeout)
     left_out = "as asked" if options.no_self_test else None
-    if not machine.regions_work():
+    if not regions_work():
         left_out = "regions need what this torch lacks"
     mine = [] if left_out else _self_test(options, entries, here)
     everyone = ranks.bring(mine)
 
     def report() -> int:
         counts = {e["type"]: e["count"] for e in entries if e["on"]}
-        launch = launched.findings(environment, counts, machine.installed("torch-xla"))
+        launch = launch_findings(environment, counts, installed("torch-xla"))
         if found is not None:
             launch = [f for f in launch if f.subject != found.subject] + [found]
         sections = {
             "torch": Section("Torch", tuple(torchs)),
-            "devices": Section("Devices", tuple(machine.device_findings(entries))),
+            "devices": Section("Devices", tuple(device_findings(entries))),
             "launch": Section("Launch", tuple(launch)),
-            "neighbours": Section("Neighbours", tuple(neighbours.findings(environment, options.imports))),
+            "neighbours": Section("Neighbours", tuple(neighbour_findings(environment, options.imports))),
             "self_test": Section("Replay self-test", tuple(_verdicts(everyone, options, left_out))),
         }
         failures = sum(f.status == "fail" for s in sections.values() for f in s.findings)
@@ -53,11 +133,11 @@ def doctor(options: Options, environment: Mapping[str, str] | None = None) -> in
     return ranks.follow(report)
 
 
-def _meet(environment: Mapping[str, str], timeout: float) -> tuple[launched.Place, Ranks, Finding | None]:
+def _meet(environment: Mapping[str, str], timeout: float) -> tuple[Place, Ranks, Finding | None]:
     """This process among the ranks; alone, with the reason, where the environment does not let it be more."""
-    alone = launched.Place()
+    alone = Place()
     try:
-        here = launched.place(environment)
+        here = place(environment)
         return here, Ranks(here, environment, timeout), None
     except BadEnvironment as error:
         return alone, Ranks(alone, environment, timeout), Finding.failed("torchrun", error)
@@ -71,7 +151,7 @@ def _meet(environment: Mapping[str, str], timeout: float) -> tuple[launched.Plac
         return alone, Ranks(alone, environment, timeout), Finding.failed("torchrun", refused)
 
 
-def _self_test(options: Options, entries: list[dict[str, Any]], here: launched.Place) -> list[dict[str, str]]:
+def _self_test(options: Namespace, entries: list[dict[str, Any]], here: Place) -> list[dict[str, str]]:
     """Under a launcher a rank tests the CPU and its own device; alone, every device there is."""
     import torch
 
@@ -95,7 +175,7 @@ def _self_test(options: Options, entries: list[dict[str, Any]], here: launched.P
     return [asdict(result) for result in selftest.run(devices)]
 
 
-def _verdicts(everyone: list[Any], options: Options, left_out: str | None) -> list[Finding]:
+def _verdicts(everyone: list[Any], options: Namespace, left_out: str | None) -> list[Finding]:
     if left_out:
         fix = "leave out --no-self-test" if options.no_self_test else None
         return [Finding("off", "left out", left_out, fix)]
@@ -162,7 +242,7 @@ def _equal(everyone: list[Any]) -> Finding:
     )
 
 
-def _unknown(options: Options) -> Finding:
+def _unknown(options: Namespace) -> Finding:
     error = ReplayDiffers(
         f"nothing to test: no device of type {', '.join(options.device)} is on",
         fix="give --device one that is listed as ok above",
@@ -172,7 +252,7 @@ def _unknown(options: Options) -> Finding:
 
 def _print(sections: dict[str, Section], failures: int, warnings: int) -> None:
     head = "   ".join(
-        f"{name} {version}" if name != "platform" else version for name, version in machine.versions().items()
+        f"{name} {version}" if name != "platform" else version for name, version in versions().items()
     )
     rows: list[tuple[str, str]] = [("", line) for line in wrap(head, "", "")]
     for section in sections.values():
@@ -198,7 +278,7 @@ def _as_json(
         "ok": not failures,
         "failures": failures,
         "warnings": warnings,
-        "versions": machine.versions(),
+        "versions": versions(),
         "devices": entries,
         "findings": {name: [asdict(f) for f in section.findings] for name, section in sections.items()},
         "ranks": [{"rank": rank, "results": results} for rank, results in enumerate(everyone)],

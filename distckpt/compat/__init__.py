@@ -1,18 +1,18 @@
-"""Every public name of ``torch.utils.checkpoint`` (torch 2.15), over our engine, with torch's behaviour."""
+"""Every public name of ``torch.utils.checkpoint`` (torch 2.15), over our engine, with torch's behaviour; names only."""
 
 from distckpt._torch import noop_context_fn
 from distckpt.compat import wrapper
-from distckpt.compat.checkpoint import checkpoint, checkpoint_sequential
-from distckpt.compat.composable import checkpoint as composable_checkpoint
-from distckpt.compat.device_states import get_device_states, set_device_states
+from distckpt.compat.checkpoint import checkpoint, checkpoint_sequential, get_device_states, set_device_states
 from distckpt.compat.install import install
-from distckpt.engine.devices import DefaultDeviceType
+from distckpt.compat.wrapper import composable_checkpoint
 from distckpt.engine.reentrant import CheckpointFunction, check_backward_validity, detach_variable
+from distckpt.engine.region import set_checkpoint_debug_enabled, set_checkpoint_early_stop
+from distckpt.engine.rng import DefaultDeviceType
 from distckpt.engine.sessions import GraphExecGroup
-from distckpt.engine.switches import set_checkpoint_debug_enabled, set_checkpoint_early_stop
 from distckpt.errors import CheckpointError
-from distckpt.policy.selective import SAC_IGNORED_OPS, CheckpointPolicy, SelectiveCheckpointContext
-from distckpt.policy.selective import (
+from distckpt.policy.operators import CheckpointPolicy, SelectiveCheckpointContext
+from distckpt.policy.sac import SAC_IGNORED_OPS
+from distckpt.policy.sac import (
     create_selective_checkpoint_contexts as create_selective_checkpoint_contexts,
 )
 

@@ -1,16 +1,17 @@
-"""``torch.utils.checkpoint.checkpoint`` and ``checkpoint_sequential`` over our engine, as of torch 2.15.
+"""``torch.utils.checkpoint``'s functions over our engine, as of torch 2.15.
 
-Torch's defaults, warnings and error types; regions are not strict (see :class:`~distckpt.engine.options.Options`).
+Torch's defaults, warnings and error types; regions are not strict (see :class:`~distckpt.engine.region.Options`).
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from distckpt_backends import get
 
 from distckpt._torch import (
     call_without_dynamo,
@@ -22,11 +23,12 @@ from distckpt._torch import (
     torch_operator,
     user_determinism_checks,
 )
-from distckpt.engine import switches
 from distckpt.engine.api import chunk, run_chunk
-from distckpt.engine.options import CHECKS, Options
+from distckpt.engine.inputs import tensors
 from distckpt.engine.record import abort_region, close_region, open_region, record
 from distckpt.engine.reentrant import CheckpointFunction
+from distckpt.engine.region import CHECKS, Options, debug_switch
+from distckpt.engine.rng import DefaultDeviceType, choose, current_rule, device_types
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
@@ -159,7 +161,7 @@ def region_options(
     Raises:
         ValueError: an unknown determinism check, or debug together with a context function.
     """
-    override = switches.debug.get()
+    override = debug_switch.get()
     if (debug if override is None else override) and context_fn is not noop_context_fn:
         raise ValueError("debug=True is incompatible with non-default context_fn")
     check: Any = determinism_check
@@ -261,6 +263,36 @@ def checkpoint_sequential(
         run = functools.partial(run_chunk, part)
         input = checkpoint(run, input, use_reentrant=use_reentrant, preserve_rng_state=preserve)
     return run_chunk(last, input)
+
+
+def _infer_device_type(*args: Any) -> str:
+    """The one device type besides the CPU that the tensors in ``args`` are on, or the default type."""
+    chosen = choose(device_types(tensors(args)), current_rule("warn"), "the arguments of a checkpointed call")
+    return chosen[0] if chosen else DefaultDeviceType.get_device_type()
+
+
+def get_device_states(*args: Any) -> tuple[list[int], list[Any]]:
+    """Indices of the devices that the tensors in ``args`` are on, and the random state of each, once per device."""
+    kind = _infer_device_type(*args)
+    indices = list(
+        dict.fromkeys(t.get_device() for t in tensors(args) if t.device.type not in ("cpu", "meta"))
+    )
+    if not indices:
+        return [], []
+    backend = get(kind)
+    return indices, [backend.rng_stash(torch.device(kind, i)) for i in indices]
+
+
+def set_device_states(
+    devices: Sequence[int], states: Sequence[Any], *, device_type: str | None = None
+) -> None:
+    """Put back what :func:`get_device_states` read; ``device_type`` defaults to ``DefaultDeviceType``'s."""
+    kind = DefaultDeviceType.get_device_type() if device_type is None else device_type
+    if kind == "meta" or not devices:
+        return
+    backend = get(kind)
+    for index, state in zip(devices, states, strict=False):
+        backend.rng_restore(torch.device(kind, index), state)
 
 
 skip_frame(checkpoint)

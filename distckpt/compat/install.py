@@ -26,8 +26,8 @@ from distckpt.compat.checkpoint import (
     _checkpoint_without_reentrant_generator,
     _checkpoint_without_reentrant_generator_impl,
 )
-from distckpt.engine.events import counters
-from distckpt.engine.state import region_here
+from distckpt.engine.region import region_here
+from distckpt.engine.stats import counters
 from distckpt.errors import TorchAnswers
 
 # Read by name at each use, by Dynamo's identity test and torch's own operator among others: the compile stack
@@ -44,7 +44,7 @@ _LEFT_ALONE = (
 
 # Not in __all__, but imported by others, torch's composable API among them. Torch's own `checkpoint` looks one of the
 # generators up by name, so it opens our regions even where somebody kept hold of it.
-_PRIVATE = (GENERATOR, GENERATOR_IMPL, "_infer_device_type", "_get_autocast_kwargs")
+_PRIVATE = (GENERATOR, GENERATOR_IMPL)
 
 _Binding = tuple[dict[str, Any], str, Any, Any]  # namespace, name, torch's object, ours
 

@@ -1,8 +1,9 @@
-"""Checkpoint and offload wrappers: torch's module wrappers over our engine.
+"""Modules the torch way, over our engine: checkpoint and offload wrappers, and the composable form.
 
-Subclasses of torch's own, so everything that looks for those (FSDP, ``torch.distributed.checkpoint``, Lightning)
-and for the prefix ``_checkpoint_wrapped_module`` treats ours the same. ``dc.apply`` is the way without a wrapper:
-it keeps classes and dotted names.
+The wrappers are subclasses of torch's own, so everything that looks for those (FSDP, ``torch.distributed.checkpoint``,
+Lightning) and for the prefix ``_checkpoint_wrapped_module`` treats ours the same. The composable form works in place,
+with no wrapper and no new names: the module is entered in torch's registry of composable APIs under the name torch's
+own has, so ``fully_shard``, ``replicate`` and a second application see it. ``dc.apply`` is the way of our own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 
 from distckpt import _torch
-from distckpt.compat.checkpoint import checkpoint
+from distckpt.compat.checkpoint import checkpoint, region_options
+from distckpt.modules.module_region import ModuleRegion
 
 _torchs = _torch.activation_wrappers()
 
@@ -77,3 +79,51 @@ def apply_activation_checkpointing(
         check_fn=check_fn,
         auto_wrap_policy=auto_wrap_policy,
     )
+
+
+_contract = _torch.composable_contract()
+
+
+class CheckpointState(_contract._State):
+    """What ``composable_checkpoint.state(module)`` gives. Torch's fields; ``_ac_generator`` is always None here."""
+
+    enable_hook: bool = False
+    _ac_generator: None = None
+
+
+def _checkpoint(module: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
+    """Make every call of ``module`` a region, in place, and return the module.
+
+    Args:
+        **kwargs: ``preserve_rng_state``, ``context_fn``, ``determinism_check``, ``debug`` and ``early_stop`` as for
+            ``distckpt.compat.checkpoint``.
+
+    Raises:
+        NotImplementedError: ``use_reentrant=True``.
+        ValueError: any other keyword, or a value that none of these takes.
+        AssertionError: the module has been through this before.
+    """
+    if kwargs.pop("use_reentrant", False):
+        raise NotImplementedError(
+            "use_reentrant=True is not supported in composable checkpoint. "
+            "Please use torch.utils.checkpoint.checkpoint instead."
+        )
+    preserve_rng_state = kwargs.pop("preserve_rng_state", True)
+    context_fn = kwargs.pop("context_fn", None)
+    determinism_check = kwargs.pop("determinism_check", "default")
+    debug = kwargs.pop("debug", False)
+    early_stop = kwargs.pop("early_stop", True)
+    if kwargs:
+        raise ValueError("Unexpected keyword arguments: " + ",".join(kwargs))
+    context_fn = _torch.noop_context_fn if context_fn is None else context_fn
+    options = region_options(preserve_rng_state, context_fn, determinism_check, debug, early_stop)
+    ModuleRegion(module, options).attach()
+    composable_checkpoint.state(module).enable_hook = True
+    return module
+
+
+# Torch's registry has the API under the name of the bare function, and keeps that function as a key in the module.
+# So it is called as torch's, and pickles under the name that it really has here.
+_checkpoint.__name__ = "checkpoint"
+composable_checkpoint: Any = _contract.contract(CheckpointState)(_checkpoint)
+composable_checkpoint.__qualname__ = "composable_checkpoint"

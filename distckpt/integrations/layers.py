@@ -1,4 +1,4 @@
-"""Layers: what ``dc.apply`` needs to know about transformers models. See :mod:`distckpt.modules.libraries`.
+"""Layers: what ``dc.apply`` needs to know about transformers models. See :mod:`distckpt.modules.apply`.
 
 Regions go where ``dc.apply`` always puts them. transformers' own switch is set as well, with a function that only
 calls: the model then leaves its key-value cache out of the layers, which a replay would fill twice, and what asks the
@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel
 
 from distckpt.engine import pin
 from distckpt.errors import AlreadyRegion, BothSwitches, OldFormat
-from distckpt.modules.forward import region_of
+from distckpt.modules.module_region import region_of
 
 try:
     from transformers.modeling_layers import GradientCheckpointingLayer

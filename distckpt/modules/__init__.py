@@ -1,6 +1,7 @@
-"""Modules as regions, in place: ``dc.apply``."""
+"""Modules as regions, in place: ``dc.apply``; names only."""
 
-from distckpt.modules.applied import Applied as Applied
-from distckpt.modules.applied import apply as apply
-from distckpt.modules.applied import regions as regions
-from distckpt.modules.choice import choose as choose
+from distckpt.modules.apply import Applied as Applied
+from distckpt.modules.apply import apply as apply
+from distckpt.modules.apply import choose as choose
+from distckpt.modules.apply import regions as regions
+from distckpt.modules.apply import register_library as register_library

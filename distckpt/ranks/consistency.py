@@ -20,7 +20,7 @@ from distckpt_backends.errors import DistckptError
 
 import distckpt
 from distckpt.engine import streams
-from distckpt.engine.devices import DefaultDeviceType, device_types
+from distckpt.engine.rng import DefaultDeviceType, device_types
 from distckpt.errors import (
     BadOption,
     MixedRankDevices,

@@ -19,7 +19,7 @@ from distckpt.ranks.watchdog import DesyncCheck, Watchdog, start
 from distckpt.ranks.world import World, detect, group_size
 
 if TYPE_CHECKING:
-    from distckpt.modules.choice import Choice
+    from distckpt.modules.apply import Choice
     from distckpt.ranks.fsdp import Sharded
     from distckpt.ranks.fsdp_units import Units
     from distckpt.ranks.partition import Partition

@@ -42,7 +42,7 @@ from distckpt.errors import (
 )
 from distckpt.modules import Applied, apply, choose
 from distckpt.modules import regions as regions_on
-from distckpt.modules.choice import Choice
+from distckpt.modules.apply import Choice
 from distckpt.ranks import fsdp_units
 
 

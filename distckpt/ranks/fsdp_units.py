@@ -23,8 +23,7 @@ from distckpt.errors import (
     UnknownUnit,
 )
 from distckpt.modules import choose
-from distckpt.modules.choice import Choice, One, parts_of
-from distckpt.modules.globs import compile_glob
+from distckpt.modules.apply import Choice, One, compile_glob, parts_of
 
 Units: TypeAlias = "One | Iterable[One | tuple[One, ...] | list[One]]"
 

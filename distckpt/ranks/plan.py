@@ -25,9 +25,9 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from distckpt import _torch, _torch_dist
-from distckpt.engine.options import Options
+from distckpt.engine.region import Options
 from distckpt.errors import BadOption, BadPlan, PlanNotMet, StageMissing
-from distckpt.modules.forward import region_of
+from distckpt.modules.module_region import region_of
 from distckpt.ranks.rng_streams import ALIASES
 
 VERSION = 1

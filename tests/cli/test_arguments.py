@@ -6,8 +6,8 @@ import argparse
 
 import pytest
 
-from distckpt.cli.arguments import WIDTH, Usage, parse, parser
-from distckpt.cli.main import main
+from distckpt.cli import WIDTH
+from distckpt.cli.main import Usage, main, parse, parser
 from distckpt.errors import BadUsage
 
 from .process import distckpt, python

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from distckpt.cli import machine, selftest
+from distckpt.cli import environment, selftest
 from distckpt.cli.main import main
 
 from .process import ROOT, distckpt
@@ -41,7 +41,7 @@ def test_the_report_says_what_is_here_and_ends_with_the_next_command(
     assert whole.returncode == 0, whole.stdout + whole.stderr
     first, *_, last = whole.stdout.splitlines()
     assert first.startswith(
-        f"distckpt 0.1.0   python {machine.versions()['python']}   torch {torch.__version__}"
+        f"distckpt 0.1.0   python {environment.versions()['python']}   torch {torch.__version__}"
     )
     assert [line for line in whole.stdout.splitlines() if line[:1].isupper()][:5] == [
         "Torch",
@@ -66,13 +66,13 @@ def test_narration_is_not_among_the_data(whole: subprocess.CompletedProcess[str]
 
 
 def test_every_device_type_that_is_off_has_a_reason() -> None:
-    for entry in machine.devices():
+    for entry in environment.devices():
         assert entry["on"] is (entry["reason"] is None), entry
-    assert any(entry["type"] == "cpu" and entry["on"] for entry in machine.devices())
+    assert any(entry["type"] == "cpu" and entry["on"] for entry in environment.devices())
 
 
 def test_looking_initialises_no_device() -> None:
-    machine.devices()
+    environment.devices()
     assert not torch.cuda.is_initialized()
 
 
@@ -149,7 +149,7 @@ def test_a_store_that_is_not_there_is_a_failure_within_the_timeout(
 
 
 def test_a_torch_xla_for_another_torch_is_not_even_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "installed", {"torch-xla": "1.13"}.get)
-    backend, reason = machine.why_off("xla")
+    monkeypatch.setattr(environment, "installed", {"torch-xla": "1.13"}.get)
+    backend, reason = environment.why_off("xla")
     assert backend is None
     assert reason == f"torch_xla 1.13 goes with torch 1.13, and this is torch {torch.__version__}"

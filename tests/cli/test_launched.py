@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distckpt.cli.launched import Place, findings, place
+from distckpt.cli.environment import Place, launch_findings, place
 from distckpt.errors import BadEnvironment
 
 TORCHRUN = {
@@ -28,7 +28,7 @@ def test_torchruns_environment_is_a_place() -> None:
 
 def test_no_torchrun_environment_is_one_process_and_the_fix_is_said() -> None:
     assert place({}) == Place()
-    (found,) = findings({}, {}, None)
+    (found,) = launch_findings({}, {}, None)
     assert (found.status, found.subject) == ("off", "torchrun")
     assert found.text == "one process, no torchrun environment"
     assert found.fix == "for ranks: torchrun --nproc_per_node 2 -m distckpt doctor"
@@ -49,21 +49,21 @@ def test_a_broken_environment_is_a_failure_with_its_fix(environment: dict[str, s
     with pytest.raises(BadEnvironment) as error:
         place(environment)
     assert words in str(error.value)
-    (found,) = findings(environment, {}, None)
+    (found,) = launch_findings(environment, {}, None)
     assert (found.status, found.code) == ("fail", "DC703")
     assert found.fix is not None
     assert "torchrun" in found.fix
 
 
 def test_more_local_ranks_than_devices_is_a_failure() -> None:
-    assert [f.status for f in findings(TORCHRUN, {"cuda": 2}, None)] == ["ok"]
-    assert [f.status for f in findings(TORCHRUN, {"cuda": 1}, None)] == ["ok", "fail"]
+    assert [f.status for f in launch_findings(TORCHRUN, {"cuda": 2}, None)] == ["ok"]
+    assert [f.status for f in launch_findings(TORCHRUN, {"cuda": 1}, None)] == ["ok", "fail"]
 
 
 def test_slurm_tasks_without_torchrun_would_train_alone() -> None:
-    assert [f.subject for f in findings({"SLURM_NTASKS": "4"}, {}, None)] == ["torchrun", "slurm"]
-    assert [f.subject for f in findings({"SLURM_NTASKS": "1"}, {}, None)] == ["torchrun"]
-    assert [f.subject for f in findings({"SLURM_NTASKS": "4", **TORCHRUN}, {}, None)] == ["torchrun"]
+    assert [f.subject for f in launch_findings({"SLURM_NTASKS": "4"}, {}, None)] == ["torchrun", "slurm"]
+    assert [f.subject for f in launch_findings({"SLURM_NTASKS": "1"}, {}, None)] == ["torchrun"]
+    assert [f.subject for f in launch_findings({"SLURM_NTASKS": "4", **TORCHRUN}, {}, None)] == ["torchrun"]
 
 
 @pytest.mark.parametrize(
@@ -71,5 +71,5 @@ def test_slurm_tasks_without_torchrun_would_train_alone() -> None:
     [("TPU", None, "warn"), (None, "2.9.0", "warn"), ("CPU", "2.9.0", "ok"), (None, None, None)],
 )
 def test_pjrt_and_torch_xla_must_go_together(device: str | None, xla: str | None, status: str | None) -> None:
-    found = findings({"PJRT_DEVICE": device} if device else {}, {}, xla)
+    found = launch_findings({"PJRT_DEVICE": device} if device else {}, {}, xla)
     assert [f.status for f in found if f.subject == "xla"] == ([status] if status else [])

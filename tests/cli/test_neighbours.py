@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 import torch.utils.checkpoint
 
-from distckpt.cli import machine, neighbours
+from distckpt.cli import environment as here
 
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The distributions that seem to be installed, by name."""
     found: dict[str, str] = {}
-    monkeypatch.setattr(neighbours, "installed", found.get)
-    monkeypatch.setattr(machine, "installed", found.get)
+    monkeypatch.setattr(here, "installed", found.get)
     return found
 
 
@@ -37,7 +36,7 @@ def accelerate(installed: dict[str, str], tmp_path: Path, monkeypatch: pytest.Mo
 
 def read(environment: dict[str, str] | None = None, home: Path | None = None) -> list[tuple[str, str]]:
     environment = {"HF_HOME": str(home or "/nowhere"), **(environment or {})}
-    return [(f.status, f.text) for f in neighbours.findings(environment)]
+    return [(f.status, f.text) for f in here.neighbour_findings(environment)]
 
 
 def test_nothing_here_is_known_to_conflict(installed: dict[str, str]) -> None:
@@ -84,7 +83,7 @@ def test_the_trainers_switch_is_named_as_this_transformers_calls_it(
 
 def test_a_library_known_to_patch_torch_is_named_before_it_does(installed: dict[str, str]) -> None:
     installed["unsloth"] = "2026.1"
-    (found,) = neighbours.findings({"HF_HOME": "/nowhere"})
+    (found,) = here.neighbour_findings({"HF_HOME": "/nowhere"})
     assert (found.status, found.subject) == ("warn", "unsloth 2026.1")
     assert found.fix is not None
     assert found.fix.endswith("distckpt doctor --import unsloth")
@@ -107,14 +106,14 @@ def test_what_an_imported_library_patches_is_a_failure(
     monkeypatch.syspath_prepend(str(tmp_path))
     # with functools.wraps the replacement calls itself torch's, so the file that it is from decides
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", torch.utils.checkpoint.checkpoint)
-    (found,) = neighbours.findings({"HF_HOME": "/nowhere"}, ["patches_torch"])
+    (found,) = here.neighbour_findings({"HF_HOME": "/nowhere"}, ["patches_torch"])
     monkeypatch.delitem(sys.modules, "patches_torch")
     assert (found.status, found.subject, found.code) == ("fail", "patches_torch", "DC705")
     assert "replaces torch.utils.checkpoint.checkpoint" in found.text
 
 
 def test_a_module_that_cannot_be_imported_is_a_failure(installed: dict[str, str]) -> None:
-    found = neighbours.findings({"HF_HOME": "/nowhere"}, ["no_such_module"])
+    found = here.neighbour_findings({"HF_HOME": "/nowhere"}, ["no_such_module"])
     assert found[0].status == "fail"
     assert "No module named 'no_such_module'" in found[0].text
 
@@ -123,5 +122,5 @@ def test_our_own_installation_is_no_conflict(installed: dict[str, str]) -> None:
     import distckpt as dc
 
     with dc.compat.install():
-        assert neighbours.patched() == []
-    assert neighbours.patched() == []
+        assert here.patched() == []
+    assert here.patched() == []

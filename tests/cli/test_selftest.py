@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import distckpt as dc
 from distckpt.cli import selftest
-from distckpt.cli.cases import AUTOCAST, CASES
+from distckpt.cli.selftest import AUTOCAST, CASES
 from tests.fakes.fixtures import lazy  # noqa: F401
 from tests.fakes.module import FakeModule
 

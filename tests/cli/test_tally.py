@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import distckpt as dc
-from distckpt.cli.tally import Tally, bytes_text
+from distckpt.cli.run import Tally, bytes_text
 
 
 @pytest.fixture

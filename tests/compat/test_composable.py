@@ -13,8 +13,8 @@ from torch import nn
 from torch.distributed._composable import checkpoint as torchs
 from torch.distributed._composable.contract import _get_registry
 
-from distckpt.compat.composable import composable_checkpoint
-from distckpt.engine.events import counters
+from distckpt.compat.wrapper import composable_checkpoint
+from distckpt.engine.stats import counters
 from distckpt.errors import AlreadyRegion
 from distckpt.modules import apply
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,8 +14,7 @@ import pytest
 import torch
 
 import distckpt as dc
-from distckpt.engine.events import counters
-from distckpt.modules import libraries
+from distckpt.engine.stats import counters
 from tests.integrations.models import THEIR_WARNINGS, VOCABULARY, batch, build, same, without_cache
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in THEIR_WARNINGS]
@@ -229,9 +229,10 @@ def one_process() -> Iterator[None]:
 
 def library() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(libraries, "_table", {})
+        room = sys.modules["distckpt.modules.apply"]  # `distckpt.modules.apply` is the function
+        patch.setattr(room, "_libraries", {})
         run("A library of your own")
-        assert libraries._table == {"my_models": "my_models.distckpt_support"}
+        assert room._libraries == {"my_models": "my_models.distckpt_support"}
     return None
 
 

@@ -11,9 +11,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from distckpt._torch_dist import UNITS_IN_REPLAYS
-from distckpt.compat.composable import composable_checkpoint
-from distckpt.compat.wrapper import checkpoint_wrapper
-from distckpt.engine.events import counters
+from distckpt.compat.wrapper import checkpoint_wrapper, composable_checkpoint
+from distckpt.engine.stats import counters
 from distckpt.modules import apply
 from tests.modules.models import Model
 from tests.ranks.collectives import Collectives

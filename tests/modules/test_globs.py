@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from distckpt.errors import NoMatch
-from distckpt.modules.globs import compile_glob, select
+from distckpt.modules.apply import compile_glob, select
 
 NAMES = [
     "",

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import distckpt as dc
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 from distckpt.errors import NoMatch, UnknownModel
-from distckpt.modules import libraries, regions
+from distckpt.modules import regions, register_library
 from tests.modules.models import Model, same, step
 
 Theirs = type("Theirs", (Model,), {"__module__": "somebody.models"})
@@ -34,8 +34,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     support.settle = lambda model: asked.append(("settle", len(regions(model))))
     support.plain = lambda module: asks_for_plain if type(module) is Theirs else None
     monkeypatch.setitem(sys.modules, "somebody_support", support)
-    monkeypatch.setattr(libraries, "_table", {})
-    libraries.register("somebody", "somebody_support")
+    monkeypatch.setattr(sys.modules["distckpt.modules.apply"], "_libraries", {})
+    register_library("somebody", "somebody_support")
     return asked
 
 

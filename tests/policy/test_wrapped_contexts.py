@@ -125,3 +125,11 @@ def test_a_kept_output_that_was_changed_is_refused_in_a_wrapped_context_too(wrap
         dc.checkpoint(
             change, torch.randn(4, 4, requires_grad=True), context_fn=wrapped(wrap)
         ).sum().backward()
+
+
+@pytest.mark.parametrize("wrong", [lambda: (1, contextlib.nullcontext()), lambda: (AsClass, AsClass)])
+def test_what_is_no_context_manager_is_a_type_error_and_the_next_region_works(wrong: Any) -> None:
+    x = torch.randn(4, 4, requires_grad=True)
+    with pytest.raises(TypeError, match="context manager protocol"):
+        dc.checkpoint(draws, x, context_fn=wrong)
+    assert equal(gradients(draws, dc.checkpoint), gradients(draws, lambda fn, x: fn(x)))

@@ -13,8 +13,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as torchs
 
 import distckpt as dc
-from distckpt.compat.composable import composable_checkpoint
-from distckpt.compat.wrapper import checkpoint_wrapper
+from distckpt.compat.wrapper import checkpoint_wrapper, composable_checkpoint
 from distckpt.errors import BadPlan
 from distckpt.ranks import RegionPlan
 from distckpt.ranks.plan import comparable, describe_region, differing_regions, regions_of

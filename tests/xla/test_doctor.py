@@ -6,7 +6,7 @@ import distckpt_backends
 import torch
 
 from distckpt.cli import selftest
-from distckpt.cli.cases import CASES
+from distckpt.cli.selftest import CASES
 
 
 def test_every_case_is_equal_on_every_device() -> None:

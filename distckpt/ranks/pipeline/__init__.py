@@ -27,10 +27,11 @@ from typing import Any
 import torch
 
 from distckpt._torch_dist import custom_computations, is_stage, schedule_kind, schedule_stages, step_with
+from distckpt.engine.hooks import fill
 from distckpt.engine.region import Region, owner
 from distckpt.errors import AlreadyAttached, BadOption, StageNotInPlan, UnknownSchedule
 from distckpt.modules import Applied, apply
-from distckpt.modules.choice import Choice, parts_of
+from distckpt.modules.apply import Choice, parts_of
 from distckpt.ranks.pipeline.schedule import Ahead, Order, StageReport, memory_budget, order_of
 from distckpt.ranks.pipeline.stage import MicroBatch, Stage
 from distckpt.ranks.plan import comparable
@@ -87,7 +88,7 @@ def prefetch(stage: Stage, session: MicroBatch) -> None:
             if reason is not None:
                 late[reason] += 1
                 continue
-            region.fill()
+            fill(region)
             if room is not None and session.ahead > room:  # larger than in any micro-batch before
                 late[f"more than {stage.limit} bytes ahead, seen after the replay"] += 1
                 region.clear()

@@ -12,8 +12,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 from distckpt._torch_dist import UNITS_IN_REPLAYS
-from distckpt.compat.composable import composable_checkpoint
-from distckpt.compat.wrapper import checkpoint_wrapper
+from distckpt.compat.wrapper import checkpoint_wrapper, composable_checkpoint
 from distckpt.modules import apply
 from distckpt.ranks import Coordinator
 from distckpt.ranks.fsdp import guard_units

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import dropout
 
 import distckpt as dc
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 from distckpt.errors import BadPartition, GatherMismatch, InputChanged, InputsDiffer
 from distckpt.ranks import partition as room
 from distckpt.ranks.coordinator import Coordinator

@@ -13,8 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distckpt as dc
-from distckpt.compat.composable import composable_checkpoint
-from distckpt.compat.wrapper import checkpoint_wrapper
+from distckpt.compat.wrapper import checkpoint_wrapper, composable_checkpoint
 from distckpt.modules import apply
 from distckpt.ranks.fsdp import guard_units
 from tests.ranks.sharded import Model, compare, one_forward, train, two_forwards

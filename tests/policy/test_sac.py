@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distckpt as dc
 from distckpt.errors import BufferChanged, NoPolicy, OffloadRefused, SavedOutputChanged
+from tests import processes
 from tests.engine.exact import Region, exact, leaf
 
 aten = torch.ops.aten
@@ -611,3 +614,40 @@ def test_a_policy_that_answers_nothing_is_refused_and_recomputes_in_compat() -> 
         dc.checkpoint(lambda x: x.sin().exp(), x, context_fn=context_fn)
     out = dc.compat.checkpoint(lambda x: x.sin().exp(), x, use_reentrant=False, context_fn=context_fn)
     assert torch.equal(*torch.autograd.grad(out.sum(), x), *torch.autograd.grad(x.sin().exp().sum(), x))
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo's own differ from version to version
+def test_dynamo_compiles_none_of_what_a_selective_region_runs_per_operator() -> None:
+    """Torch wraps the dispatches of a mode so that Dynamo leaves them alone; ours are left alone without a wrapper."""
+
+    @torch._dynamo.disable(recursive=False)
+    def eager(y: torch.Tensor) -> torch.Tensor:
+        return y.exp()  # runs through the mode while Dynamo looks at every frame that is called
+
+    found: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        found.extend(str(node.target) for node in graph.graph.nodes if node.op.startswith("call_"))
+        return graph.forward
+
+    x = leaf(4)
+    compiled = torch.compile(lambda x: eager(x.sin()).cos(), backend=backend)
+    torch.compiler.reset()
+    try:
+        dc.checkpoint(compiled, x, context_fn=contexts([aten.exp.default])).sum().backward()
+    finally:
+        torch.compiler.reset()
+    assert found == ["sin", "cos"]
+
+
+def test_a_selective_region_does_not_load_the_compiler() -> None:
+    code = """
+import functools, sys, torch, distckpt as dc
+x = torch.ones(3, 3, requires_grad=True)
+policy = functools.partial(dc.create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+dc.checkpoint(lambda x: (x @ x).sin().exp(), x, context_fn=policy).sum().backward()
+assert "torch._dynamo" not in sys.modules
+"""
+    search = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = processes.run([sys.executable, "-c", code], limit=120, environment=search)
+    assert done.returncode == 0, done.stderr

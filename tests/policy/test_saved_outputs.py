@@ -14,7 +14,7 @@ import torch
 import distckpt as dc
 from distckpt._torch import storage_of
 from distckpt.errors import NoPolicy, PinMismatch, SavedOutputChanged, SelectiveMismatch
-from distckpt.policy.kept import Kept, kept_tensors
+from distckpt.policy.saved_outputs import SavedOutput, saved_in
 from tests.engine.exact import Region, exact, leaf
 
 aten = torch.ops.aten
@@ -359,13 +359,14 @@ def test_a_pinned_inference_tensor_is_exact() -> None:
 
 
 def held(region: Any) -> int:
-    """Bytes of what the selective contexts of ``region`` keep."""
+    """Bytes of what the selective contexts of ``region`` keep, which tells the same of itself."""
     found: dict[int, int] = {}
     for calls in region.kept.calls.values():
         for entry in calls.kept.values():
-            for kept in kept_tensors(entry.out):
-                assert type(kept) is Kept
+            for kept in saved_in(entry.out):
+                assert type(kept) is SavedOutput
                 found.update([storage_of(kept.value)])
+    assert sum(found.values()) == region.kept.nbytes
     return sum(found.values())
 
 
@@ -517,3 +518,18 @@ def test_a_record_function_in_one_of_record_and_replay_is_no_operator_of_the_reg
             return (x @ W).sin().exp()
 
     is_exact(fn, 4, 6, context_fn=EVERYTHING)
+
+
+def test_released_outputs_are_computed_again(regions: list[Any]) -> None:
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        return (x @ W).sin().exp()
+
+    x = leaf(4, 6)
+    out = dc.checkpoint(fn, x, context_fn=MM)
+    region = regions[0]()
+    assert region.kept.nbytes == 96
+    region.kept.release()
+    assert region.kept.nbytes == 0
+    (found,) = torch.autograd.grad(out.sum(), x)
+    (wanted,) = torch.autograd.grad(fn(x).sum(), x)
+    assert torch.equal(found, wanted)

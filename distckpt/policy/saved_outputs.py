@@ -20,6 +20,7 @@ import torch
 
 from distckpt._torch import detach_below_autograd, dispatch_mode_is_on, without_dispatch_modes
 from distckpt.engine.inputs import memory
+from distckpt.engine.stats import storages
 from distckpt.policy.operators import Operator, tensors
 
 
@@ -27,7 +28,7 @@ class Changed(Exception):
     """A kept output was written to."""
 
 
-class Kept:
+class SavedOutput:
     """One kept tensor, or what the user's hook made of it, with its version: every replay must find it unwritten.
 
     A hook that hands the operator's own memory back is held to the version of the forward; one that made a copy, to
@@ -78,7 +79,7 @@ class Kept:
         return any(memory(part) is storage for part in parts(self.value))
 
 
-class Entry:
+class SavedCall:
     """The kept output of one call, where it left the generators, and how much the region had saved before it."""
 
     __slots__ = ("after", "at", "out")
@@ -90,10 +91,10 @@ class Entry:
 
     def moved(self) -> bool:
         """Whether the output's own version counter tells of a change; torch's engine looks at nothing else."""
-        return any(kept.value._version != kept.version for kept in kept_tensors(self.out))
+        return any(kept.value._version != kept.version for kept in saved_in(self.out))
 
 
-class Calls:
+class OperatorCalls:
     """The calls of one operator in one region: how many the record made and the replay has made, and what is kept."""
 
     __slots__ = ("answer", "beside", "count", "kept", "operator", "plain", "seen")
@@ -108,21 +109,21 @@ class Calls:
         self.kept: dict[int, Any] = {}
 
 
-class Store:
-    """What one region keeps. Both of its contexts have it."""
+class SavedOutputs:
+    """What one region keeps: the home of every saved output. Both of its contexts have it."""
 
     __slots__ = ("_fresh", "_places", "calls", "region")
 
     def __init__(self) -> None:
         self.region: Any = None  # weak: the region holds its contexts
-        self.calls: dict[Any, Calls] = {}
-        self._fresh: list[Kept] = []
-        self._places: dict[int, list[Kept]] = {}  # by memory; what is fresh is not there yet
+        self.calls: dict[Any, OperatorCalls] = {}
+        self._fresh: list[SavedOutput] = []
+        self._places: dict[int, list[SavedOutput]] = {}  # by memory; what is fresh is not there yet
 
-    def keep(self, calls: Calls, index: int, entry: Entry) -> None:
+    def keep(self, calls: OperatorCalls, index: int, entry: SavedCall) -> None:
         """Keep the output of one call."""
         calls.kept[index] = entry
-        self._fresh += kept_tensors(entry.out)
+        self._fresh += saved_in(entry.out)
 
     @property
     def watches(self) -> bool:
@@ -131,7 +132,7 @@ class Store:
 
     def handed(self, out: Any) -> None:
         """A replay was given this, and later ones will be."""
-        self._fresh += [kept for kept in kept_tensors(out) if kept.unpack is not None]
+        self._fresh += [kept for kept in saved_in(out) if kept.unpack is not None]
 
     def written(self, found: list[torch.Tensor]) -> None:
         """An operator of the record, or of a replay, wrote into these tensors."""
@@ -146,7 +147,7 @@ class Store:
                 if kept.unpack is None:
                     kept.others = (*kept.others, (detach_below_autograd(tensor), tensor._version))
 
-    def _over(self, tensor: torch.Tensor) -> Iterator[Kept]:
+    def _over(self, tensor: torch.Tensor) -> Iterator[SavedOutput]:
         if not self._fresh and not self._places:
             return
         for kept in self._fresh:
@@ -167,6 +168,23 @@ class Store:
             late = [i for i, entry in calls.kept.items() if entry.at >= reached]
             for i in late:
                 del calls.kept[i]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the distinct storages that are kept; what a user's hook made of an output is the hook's."""
+        values = (
+            s.value
+            for calls in self.calls.values()
+            for call in calls.kept.values()
+            for s in saved_in(call.out)
+        )
+        return sum(dict(key for v in values if isinstance(v, torch.Tensor) for key in storages(v)).values())
+
+    def release(self) -> None:
+        """Keep nothing any longer: a later replay runs every operator."""
+        self.forget()
+        for calls in self.calls.values():
+            calls.kept.clear()
 
     def forget(self) -> None:
         """Look no longer where operators write."""
@@ -191,7 +209,7 @@ def _place(part: torch.Tensor) -> int:
     return getattr(found, "_cdata", id(found))
 
 
-def _overlaps(kept: Kept, part: torch.Tensor) -> bool:
+def _overlaps(kept: SavedOutput, part: torch.Tensor) -> bool:
     if kept.memory is not None or type(kept.value) is not torch.Tensor or type(part) is not torch.Tensor:
         return True
     (a, b), (c, d) = _range(kept.value), _range(part)
@@ -227,12 +245,12 @@ def each(function: Callable[[Any], Any], out: Any) -> Any:
     return function(out)
 
 
-def kept_tensors(out: Any) -> list[Kept]:
+def saved_in(out: Any) -> list[SavedOutput]:
     """The kept tensors in the output of one call."""
-    if type(out) is Kept:
+    if type(out) is SavedOutput:
         return [out]
-    found: list[Kept] = []
+    found: list[SavedOutput] = []
     if isinstance(out, (tuple, list, dict)):
         for part in out.values() if isinstance(out, dict) else out:
-            found += kept_tensors(part)
+            found += saved_in(part)
     return found

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from distckpt.cli.page import Finding, Section, lines, show
+from distckpt.cli.report import Finding, Section, lines, show
 from distckpt.errors import BadEnvironment
 
 LONG = " ".join(f"{10**n}" for n in range(30))

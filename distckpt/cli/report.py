@@ -11,7 +11,7 @@ from typing import TextIO
 
 from distckpt_backends.errors import DistckptError
 
-from distckpt.cli.arguments import WIDTH
+from distckpt.cli import WIDTH
 
 STATUSES = ("ok", "off", "warn", "fail")
 _WORDS = {"ok": "ok", "off": "--", "warn": "warn", "fail": "FAIL"}  # they say the same without colour

@@ -29,8 +29,8 @@ Note [Autocast]
 
 Note [One look-up]
     What depends on the operator alone is answered once per process (``operators.py``), and what depends on the region
-    as well, once per region (``Calls``): the answer of a list, and whether the operator can be kept at all. A policy
-    function is asked in every call.
+    as well, once per region (``OperatorCalls``): the answer of a list, and whether the operator can be kept at all. A
+    policy function is asked in every call.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from distckpt._torch import (
     is_aot_tracing,
     keep_graph,
     original_selective_contexts,
+    skip_frames_below,
     top_dispatch_mode,
     top_saved_tensors_hooks,
     user_saved_tensors_hooks,
@@ -60,20 +61,33 @@ from distckpt._torch import (
     without_dispatch_modes,
 )
 from distckpt.engine import rng
-from distckpt.engine.region import Region, describe
-from distckpt.engine.replay import is_engine_hook
-from distckpt.engine.state import Frame, here, refuse, replaying
+from distckpt.engine.hooks import is_engine_hook
+from distckpt.engine.region import Frame, Region, describe, here, refuse, replaying
 from distckpt.errors import SavedOutputChanged, SelectiveMismatch
-from distckpt.policy.answers import CheckpointPolicy as CheckpointPolicy
-from distckpt.policy.answers import SelectiveCheckpointContext as SelectiveCheckpointContext
-from distckpt.policy.answers import for_torch, verdict
-from distckpt.policy.kept import Calls, Changed, Entry, Kept, Store, each, shares_memory
-from distckpt.policy.operators import operator, tensors
+from distckpt.policy.operators import (
+    Operator,
+    SelectiveCheckpointContext,
+    for_torch,
+    operator,
+    tensors,
+    verdict,
+)
+from distckpt.policy.saved_outputs import (
+    Changed,
+    OperatorCalls,
+    SavedCall,
+    SavedOutput,
+    SavedOutputs,
+    each,
+    shares_memory,
+)
 
 SAC_IGNORED_OPS = ignored_operators
 
+_OPERATORS = (torch._ops.OpOverload, torch._ops.HigherOrderOperator)
 _CAST = torch.ops.aten._to_copy.default
 _CONSUMED: Any = object()
+_NOT_ASKED: Any = object()
 _WHY = (
     "This can happen if the operations in the checkpointed region are nondeterministic or depend on global state that "
     "changed between forward and backward."
@@ -88,27 +102,32 @@ _EXTRA_BACKWARD = (
 class _Selective:
     # Subclasses of torch's modes by name only: every method that does something is ours.
     supports_higher_order_operators = True
-    store: Store
+    store: SavedOutputs
     strict = False
-    _bound: Store | None = None
+    _bound: SavedOutputs | None = None
     _stands_for: Any = None  # the mode that somebody entered instead
+    _stood_for = False  # whether another does so for this one
     _casts = False  # under autocast: casts are neither kept nor counted
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         return True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would wrap every dispatch; see `skip_frames_below`, which costs nothing
+
     def bind_region(self, region: Region) -> Any:
         """The engine says which region these contexts serve. Returns the context to use, which serves no other."""
         if region.kept is None:
-            region.kept = self.store if self.store.region is None else Store()
+            region.kept = self.store if self.store.region is None else SavedOutputs()
             region.kept.region = weakref.ref(region)
         mine = self
         if self.store is not region.kept:  # one pair for several regions
             mine = copy.copy(self)
             TorchDispatchMode.__init__(mine)  # type: ignore[arg-type]
             mine.store = region.kept
-            mine._stands_for = self
+            mine._stands_for, self._stood_for = self, True
         mine._bound = region.kept
         mine.strict = region.options.strict
         mine._casts = mine.strict and region.ambient[8] is not None
@@ -125,9 +144,9 @@ class _Selective:
         return TorchDispatchMode.__enter__(mine)  # type: ignore[arg-type]
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        mine = top_dispatch_mode()
-        if getattr(mine, "_stands_for", None) is not self:
-            mine = self
+        mine = self
+        if self._stood_for and getattr(top := top_dispatch_mode(), "_stands_for", None) is self:
+            mine = top
         TorchDispatchMode.__exit__(mine, kind, error, trace)  # type: ignore[arg-type]
         mine.end(kind is None)
 
@@ -147,26 +166,19 @@ class _Selective:
         region = self.region
         return None if region is None else replaying(region)
 
-    def _calls(self, func: Any, args: Any, answer: bool | None = None) -> Calls | None:
-        """The calls of an operator that the store does not have under its own name: a new one, or a compiled one."""
-        op = operator(func)
-        key = compiled_region_key(func, args) if op.compiled else func
-        calls = self.store.calls.get(key)
-        if calls is None:
-            beside = func in SAC_IGNORED_OPS or op.unseen or (self._casts and func is _CAST)
-            if not beside and not isinstance(self, CachingMode):
-                return None
-            if answer and (op.runs_again or (self.strict and op.views)):
-                answer = False
-            calls = self.store.calls[key] = Calls(op, beside, answer)
-        return calls
+    def _is_beside(self, op: Operator, func: Any) -> bool:
+        """Whether an operator is neither counted nor kept."""
+        return op.unseen or func in SAC_IGNORED_OPS or (self._casts and func is _CAST)
 
 
 class CachingMode(_Selective, OriginalCachingMode):
     """Around the forward: ask the policy, keep what it wants."""
 
     def __init__(
-        self, policy_fn: Callable[..., Any] | frozenset[Any], store: Store, ac_graph_id: int | None = None
+        self,
+        policy_fn: Callable[..., Any] | frozenset[Any],
+        store: SavedOutputs,
+        ac_graph_id: int | None = None,
     ) -> None:
         TorchDispatchMode.__init__(self)
         self.policy_fn = policy_fn
@@ -174,7 +186,7 @@ class CachingMode(_Selective, OriginalCachingMode):
         self.ac_graph_id = ac_graph_id
         self.respect_saved_tensors_hooks: bool | None = None
         self._recorded: Region | None = None  # while it is
-        self._outer_hooks: Any = None
+        self._outer_hooks: Any = _NOT_ASKED
         self._error: Exception | None = None
 
     def bind_region(self, region: Region) -> Any:
@@ -184,22 +196,21 @@ class CachingMode(_Selective, OriginalCachingMode):
 
     def begin(self) -> None:
         self._recorded = self.region
-        self._outer_hooks = user_saved_tensors_hooks(is_engine_hook)
+        self._outer_hooks = _NOT_ASKED
 
     def end(self, good: bool) -> None:
-        r, self._recorded, self._outer_hooks = self._recorded, None, None
+        r, self._recorded, self._outer_hooks = self._recorded, None, _NOT_ASKED
         if not good:
             return
         if self._error is not None:  # the function went on as if nothing had happened
             raise self._error
-        if r is not None and r.early_stop and r.verifier is None:
+        if r is not None and r.early_stop and r.verifier is None and self.store.watches:
             self.store.let_go(r.reach())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         calls = self.store.calls.get(func)
         if calls is None:
-            calls = self._calls(func, args, self._answer(func))
-            assert calls is not None
+            calls = self._recorded_calls(func, args)
         r = self._recorded
         if calls.beside or (here.frame is not r and self._replayed_by() is not None):
             return func(*args, **(kwargs or {}))
@@ -209,13 +220,22 @@ class CachingMode(_Selective, OriginalCachingMode):
             return func(*args, **kwargs) if kwargs else func(*args)
         return self._run(calls, index, func, args, kwargs or {})
 
-    def _answer(self, func: Any) -> bool | None:
-        """What a list says of an operator, in every call."""
-        if callable(self.policy_fn):
-            return None
-        return func in self.policy_fn or operator(func).effect
+    def _recorded_calls(self, func: Any, args: Any) -> OperatorCalls:
+        op = operator(func)
+        answer: bool | None = None
+        if not callable(self.policy_fn):  # what a list says of an operator, in every call
+            answer = func in self.policy_fn or op.effect
+            if answer and (op.runs_again or (self.strict and op.views)):
+                answer = False
+        key = func
+        if op.compiled:
+            key = compiled_region_key(func, args)
+            if (known := self.store.calls.get(key)) is not None:
+                return known
+        calls = self.store.calls[key] = OperatorCalls(op, self._is_beside(op, func), answer)
+        return calls
 
-    def _run(self, calls: Calls, index: int, func: Any, args: Any, kwargs: Any) -> Any:
+    def _run(self, calls: OperatorCalls, index: int, func: Any, args: Any, kwargs: Any) -> Any:
         op, keep = calls.operator, calls.answer
         before = [(s, s.get_state()) for s in self._streams()] if op.draws and keep is not False else ()
         out = func(*args, **kwargs)
@@ -245,7 +265,7 @@ class CachingMode(_Selective, OriginalCachingMode):
             return True
         return not written and not (op.undeclared and shares_memory(out, (*args, *kwargs.values())))
 
-    def _keep(self, calls: Calls, index: int, out: Any, before: Any) -> None:
+    def _keep(self, calls: OperatorCalls, index: int, out: Any, before: Any) -> None:
         hooks, after, r = self._user_hooks(), None, self._recorded
         if before:
             with without_dispatch_modes():
@@ -254,10 +274,10 @@ class CachingMode(_Selective, OriginalCachingMode):
             for t in tensors(out):
                 wait_for_collective(t)
         if type(out) is torch.Tensor:
-            kept: Any = Kept(out, hooks)
+            kept: Any = SavedOutput(out, hooks)
         else:
-            kept = each(lambda x: Kept(x, hooks) if isinstance(x, torch.Tensor) else x, out)
-        self.store.keep(calls, index, Entry(kept, after or None, 0 if r is None else len(r.refs)))
+            kept = each(lambda x: SavedOutput(x, hooks) if isinstance(x, torch.Tensor) else x, out)
+        self.store.keep(calls, index, SavedCall(kept, after or None, 0 if r is None else len(r.refs)))
 
     def _streams(self) -> list[Any]:
         """The generators that an operator may move, if a replay of this region is to find them there."""
@@ -271,6 +291,8 @@ class CachingMode(_Selective, OriginalCachingMode):
         if top is None:
             return None
         if self._recorded is not None and getattr(top[1], "__self__", None) is self._recorded:
+            if self._outer_hooks is _NOT_ASKED:
+                self._outer_hooks = user_saved_tensors_hooks(is_engine_hook)
             hooks = self._outer_hooks  # ours are on top, so nobody has put any on since
         else:
             hooks = user_saved_tensors_hooks(is_engine_hook)
@@ -293,7 +315,7 @@ class CachingMode(_Selective, OriginalCachingMode):
 class CachedMode(_Selective, OriginalCachedMode):
     """Around a replay: answer from what was kept."""
 
-    def __init__(self, policy_fn: Any, store: Store, allow_cache_entry_mutation: bool = False) -> None:
+    def __init__(self, policy_fn: Any, store: SavedOutputs, allow_cache_entry_mutation: bool = False) -> None:
         TorchDispatchMode.__init__(self)
         self.store = store
         self.allow_cache_entry_mutation = allow_cache_entry_mutation
@@ -312,7 +334,7 @@ class CachedMode(_Selective, OriginalCachedMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         calls = self.store.calls.get(func)
         if calls is None:
-            calls = self._calls(func, args)
+            calls = self._unseen_calls(func, args)
         if (calls is not None and calls.beside) or not self._is_mine():
             return func(*args, **(kwargs or {}))
         index = -1
@@ -329,6 +351,14 @@ class CachedMode(_Selective, OriginalCachedMode):
             return out
         return self._given(calls, index, entry, func, args, kwargs or {})
 
+    def _unseen_calls(self, func: Any, args: Any) -> OperatorCalls | None:
+        """Of an operator that the record did not run under this name: it may be compiled, or none of the function's."""
+        op = operator(func)
+        calls = self.store.calls.get(compiled_region_key(func, args)) if op.compiled else None
+        if calls is None and self._is_beside(op, func):
+            calls = self.store.calls[func] = OperatorCalls(op, True, None)
+        return calls
+
     def _is_mine(self) -> bool:
         """Whether the present operator belongs to the function's one run, see Note [Whose operators]."""
         frame, ref = here.frame, self.store.region
@@ -337,17 +367,17 @@ class CachedMode(_Selective, OriginalCachedMode):
         region = ref()
         return (type(frame) is Frame and frame.region is region) or self._replayed_by() in (None, region)
 
-    def _given(self, calls: Calls, index: int, entry: Any, func: Any, args: Any, kwargs: Any) -> Any:
+    def _given(self, calls: OperatorCalls, index: int, entry: Any, func: Any, args: Any, kwargs: Any) -> Any:
         strict = self.strict
         if entry is _CONSUMED:
             self._refuse(RuntimeError(_EXTRA_BACKWARD))
         again = strict and not self._last_use
         check = not self.allow_cache_entry_mutation
         try:
-            if type(entry.out) is Kept:
+            if type(entry.out) is SavedOutput:
                 out = entry.out.get(check, strict, again)
             else:
-                out = each(lambda x: x.get(check, strict, again) if type(x) is Kept else x, entry.out)
+                out = each(lambda x: x.get(check, strict, again) if type(x) is SavedOutput else x, entry.out)
         except Changed:
             r = self.region
             if r is not None and entry.at >= len(r.refs):
@@ -413,23 +443,26 @@ def create_selective_checkpoint_contexts(
         return original_selective_contexts(for_torch(policy_fn_or_list), allow_cache_entry_mutation)
     if isinstance(policy_fn_or_list, list):
         for op in policy_fn_or_list:
-            _check_operator(op)
+            if not isinstance(op, _OPERATORS):
+                raise _no_operator(op)
         policy_fn: Any = frozenset(policy_fn_or_list)
     elif callable(policy_fn_or_list):
         policy_fn = policy_fn_or_list
     else:
         raise TypeError("policy_fn_or_list must be either a function or a list of ops.")
-    store = Store()
+    store = SavedOutputs()
     return CachingMode(policy_fn, store), CachedMode(None, store, allow_cache_entry_mutation)
 
 
-def _check_operator(op: Any) -> None:
-    if isinstance(op, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)):
-        return
+for _mode in (CachingMode, CachedMode):
+    skip_frames_below(_mode.__torch_dispatch__)
+
+
+def _no_operator(op: Any) -> ValueError:
     tip = ""
     if isinstance(op, torch._ops.OpOverloadPacket):
         tip = (
             "Please update the OpOverloadPacket to a specific OpOverload. For example, if you have "
             "`torch.ops.aten.mm`, change it to `torch.ops.aten.mm.default`."
         )
-    raise ValueError(f"Expected op in `op_list` to be an OpOverload but got: {op} of type {type(op)}. {tip}")
+    return ValueError(f"Expected op in `op_list` to be an OpOverload but got: {op} of type {type(op)}. {tip}")
