@@ -45,8 +45,8 @@ from distckpt._torch import (
     without_dispatch_modes,
 )
 from distckpt._torch_dist import all_gather, group_device_types, plain_part
-from distckpt.engine.inputs import Packed, own, tensors
 from distckpt.engine.determinism import checksum
+from distckpt.engine.inputs import Packed, own, tensors
 from distckpt.errors import BadPartition, GatherMismatch, InputChanged, InputsDiffer
 
 _ALIGN = 64

@@ -46,8 +46,8 @@ from distckpt_backends import Backend, get, live
 from distckpt import _torch_dist
 from distckpt._torch import call_without_dynamo, dynamo_callback, graph_task_id, opaque_to_dynamo
 from distckpt.engine import streams as engine_streams
-from distckpt.engine.rng import Generator
 from distckpt.engine.region import is_recomputing
+from distckpt.engine.rng import Generator
 from distckpt.errors import BadStreams, StreamInUse, UnknownStream
 from distckpt.ranks.world import group_rank, group_size
 

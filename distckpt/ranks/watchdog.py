@@ -47,9 +47,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distckpt import _torch_dist
+from distckpt.engine.region import describe, is_recomputing, region_here
 from distckpt.engine.stats import on_failed_replay
-from distckpt.engine.region import describe
-from distckpt.engine.region import is_recomputing, region_here
 from distckpt.errors import CollectivesDiffer, RemoteReplayFailed
 from distckpt.ranks.plan import digest, listed
 from distckpt.ranks.store import Channel, Verdict, named_ranks

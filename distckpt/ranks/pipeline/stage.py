@@ -21,12 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distckpt._torch import current_node
 from distckpt._torch_dist import BACKWARD, FORWARD, INPUT_BACKWARD, WEIGHT_BACKWARD, sharded_units, stage_ends
-from distckpt.engine.stats import held, held_storages, input_keys, keys, value_storages
 from distckpt.engine.inputs import tensors
-from distckpt.engine.region import Region, describe
+from distckpt.engine.region import Region, Slot, describe, here, region_here
 from distckpt.engine.sessions import Session
-from distckpt.engine.region import Slot
-from distckpt.engine.region import here, region_here
+from distckpt.engine.stats import held, held_storages, input_keys, keys, value_storages
 from distckpt.ranks.pipeline.schedule import Ahead, Order, StageReport
 
 
