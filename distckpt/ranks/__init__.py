@@ -1,4 +1,4 @@
-"""Ranks: agreement, FSDP units, pipeline stages, and random streams over many processes."""
+"""Ranks: consistency, FSDP units, pipeline stages, random streams over many processes. Short: re-exports only."""
 
 from distckpt.ranks.coordinator import Coordinator as Coordinator
 from distckpt.ranks.fsdp import guard_units as guard_units
