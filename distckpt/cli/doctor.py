@@ -172,7 +172,7 @@ def _self_test(options: Namespace, entries: list[dict[str, Any]], here: Place) -
         names = ", ".join(map(str, devices)) or "nothing"
         who = f" on each of {here.size} ranks" if here.size > 1 else ""
         print(f"distckpt doctor: replaying on {names}{who}", file=sys.stderr, flush=True)
-    return [asdict(result) for result in selftest.run(devices)]
+    return [asdict(result) for result in selftest.run_selftests(devices)]
 
 
 def _verdicts(everyone: list[Any], options: Namespace, left_out: str | None) -> list[Finding]:

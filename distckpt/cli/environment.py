@@ -84,7 +84,7 @@ def regions_work() -> bool:
     return True
 
 
-def device_types() -> list[str]:
+def types_present() -> list[str]:
     """Every device type that there could be here, CPU first; none where this torch cannot tell."""
     try:
         return list(distckpt_backends.known_types())
@@ -119,7 +119,7 @@ def devices() -> list[dict[str, Any]]:
     """One entry per device type: ``type``, ``on``, ``reason``, ``count``, ``capabilities`` and the reasons of those
     that it lacks. Nothing is initialised for it; ``count`` is None where only a running device can tell."""
     found = []
-    for kind in device_types():
+    for kind in types_present():
         backend, reason = why_off(kind)
         on = backend is not None and reason is None
         count = backend.device_count() if backend is not None and on else 0

@@ -122,7 +122,7 @@ class Result:
     detail: str = ""
 
 
-def run(devices: Sequence[torch.device]) -> list[Result]:
+def run_selftests(devices: Sequence[torch.device]) -> list[Result]:
     """Every case on every device; this initialises them. Random state and grad mode are left as they were.
 
     An accelerator without an index stands for all devices of its type, where only the running one can tell how many.

@@ -15,7 +15,7 @@ from distckpt.engine import diagnose
 from distckpt.engine.inputs import Wrapping
 from distckpt.engine.record import run
 from distckpt.engine.reentrant import reentrant
-from distckpt.engine.region import DEFAULT, ContextFn, DeterminismCheck, Options, Partition
+from distckpt.engine.region import DEFAULT, ContextFn, DeterminismCheck, InputKeeper, Options
 from distckpt.errors import BadOption, NotAFunction, OptionCollision
 
 P = ParamSpec("P")
@@ -190,7 +190,7 @@ if TYPE_CHECKING:
         respect_saved_tensors_hooks: bool | None = None,
         policy: None = None,
         name: str | None = None,
-        partition: Partition | None = None,
+        partition: InputKeeper | None = None,
         **kwargs: Any,
     ) -> T: ...
 
@@ -207,7 +207,7 @@ if TYPE_CHECKING:
         respect_saved_tensors_hooks: bool | None = None,
         policy: None = None,
         name: str | None = None,
-        partition: Partition | None = None,
+        partition: InputKeeper | None = None,
     ) -> Decorator: ...
 
 

@@ -165,7 +165,7 @@ def capture_plainly(fn: FunctionType) -> tuple[Names, list[Any]] | None:
     return names, values
 
 
-def same(fn: FunctionType, plain: tuple[Names, list[Any]]) -> bool:
+def names_unchanged(fn: FunctionType, plain: tuple[Names, list[Any]]) -> bool:
     """Whether the names of ``fn`` hold what :func:`capture_plainly` found."""
     names, values = plain
     i = 0

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from distckpt.engine.sessions import Session
 
 
-class Partition(Protocol):
+class InputKeeper(Protocol):
     """Keeps a region's inputs in another form than whole tensors (``ranks.partition``: 1/t of each on this rank)."""
 
     def own(
@@ -82,7 +82,7 @@ class Options:
     respect_saved_tensors_hooks: bool | None = None
     name: str | None = None
     strict: bool = True
-    partition: Partition | None = None
+    partition: InputKeeper | None = None
 
     def __post_init__(self) -> None:
         if self.determinism_check not in CHECKS and not callable(self.determinism_check):

@@ -270,7 +270,7 @@ def _put_together(r: Region) -> Call:
             give_back(r.args, "args")  # raises it again, naming the argument
         raise
     if r.plain is not None:
-        if not closure.same(fn, r.plain):
+        if not closure.names_unchanged(fn, r.plain):
             r.captured = closure.captured_plainly(fn, r.plain)
     else:
         for i, a in enumerate(args):

@@ -177,8 +177,8 @@ class Generator:
     def moved(self, state: Any) -> bool:
         return self.backend.rng_moved(self.device, state)
 
-    lend = get_state
-    take_back = set_state
+    swap_in = get_state
+    swap_out = set_state
 
 
 class DeferredGenerator(Generator):
@@ -186,10 +186,10 @@ class DeferredGenerator(Generator):
 
     __slots__ = ()
 
-    def lend(self) -> Any:
+    def swap_in(self) -> Any:
         return self.backend.rng_lend(self.device)
 
-    def take_back(self, state: Any) -> None:
+    def swap_out(self, state: Any) -> None:
         self.backend.rng_take_back(self.device, state)
 
 
@@ -207,8 +207,8 @@ class CpuGenerator(Generator):
     def moved(self, state: CpuState) -> bool:
         return cpu_drawn_since(state.fingerprint) and cpu_moved(CPU_DEVICE, state.state)
 
-    lend = get_state
-    take_back = set_state
+    swap_in = get_state
+    swap_out = set_state
 
 
 _CPU_GENERATOR: Any = CpuGenerator(CPU, CPU_DEVICE)
@@ -363,10 +363,10 @@ class Rewound:
     def give_back(self) -> None:
         """Put every stream where it was found."""
         try:
-            put_back(self._held)
+            undo_rewind(self._held)
             if _alone():
                 held = [stream for stream, _ in self._held]
-                put_back(
+                undo_rewind(
                     [
                         (d.stream, d.before)
                         for d in self._idle
@@ -391,20 +391,20 @@ def _unseen(draws: Iterable[Draw]) -> contextlib.AbstractContextManager[Any]:
 
 def rewind(draws: list[Draw]) -> list[tuple[Any, Any]]:
     """Put every stream where the forward began; returns what :func:`put_back` needs."""
-    held = [(draw.stream, draw.stream.lend()) for draw in draws]
+    held = [(draw.stream, draw.stream.swap_in()) for draw in draws]
     try:
         for draw in draws:
             draw.stream.set_state(draw.before)
     except BaseException:
-        put_back(held)
+        undo_rewind(held)
         raise
     return held
 
 
-def put_back(held: list[tuple[Any, Any]]) -> None:
+def undo_rewind(held: list[tuple[Any, Any]]) -> None:
     """Undo :func:`rewind`."""
     for stream, state in held:
-        stream.take_back(state)
+        stream.swap_out(state)
 
 
 def so_far(cpu: CpuState | None, stash: Stash | None) -> list[Draw]:

@@ -109,12 +109,12 @@ class Stream:
         self.get_state = get_state
         self.set_state = set_state
 
-    def lend(self) -> Any:
+    def swap_in(self) -> Any:
         """The state before a replay sets another."""
         return self.get_state()
 
-    def take_back(self, state: Any) -> None:
-        """Put back what :meth:`lend` gave."""
+    def swap_out(self, state: Any) -> None:
+        """Put back what :meth:`swap_in` gave."""
         self.set_state(state)
 
     def moved(self, state: Any) -> bool:

@@ -105,7 +105,7 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-def plain(module: torch.nn.Module) -> Callable[..., bool]:
+def call_plainly(module: torch.nn.Module) -> Callable[..., bool]:
     """The test for calls that must not be regions."""
     return fills_a_cache
 
@@ -125,12 +125,14 @@ def fills_a_cache(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[s
 
 def _guard(model: PreTrainedModel, on: bool) -> None:
     if on:
-        model.__dict__["_set_gradient_checkpointing"] = refuse
-    elif model.__dict__.get("_set_gradient_checkpointing") is refuse:
+        model.__dict__["_set_gradient_checkpointing"] = refuse_switch
+    elif model.__dict__.get("_set_gradient_checkpointing") is refuse_switch:
         del model.__dict__["_set_gradient_checkpointing"]
 
 
-def refuse(enable: bool = True, gradient_checkpointing_func: object = None, every_n_layers: int = 1) -> None:
+def refuse_switch(
+    enable: bool = True, gradient_checkpointing_func: object = None, every_n_layers: int = 1
+) -> None:
     """Stands in for ``model._set_gradient_checkpointing`` while regions are on the model.
 
     Raises:

@@ -2,6 +2,6 @@
 
 from distckpt.modules.apply import Applied as Applied
 from distckpt.modules.apply import apply as apply
-from distckpt.modules.apply import choose as choose
+from distckpt.modules.apply import choose_modules as choose_modules
 from distckpt.modules.apply import regions as regions
 from distckpt.modules.apply import register_library as register_library

@@ -15,7 +15,7 @@ import torch
 from distckpt import _torch
 from distckpt.engine.api import make_options
 from distckpt.engine.diagnose import unknown_option
-from distckpt.engine.region import ContextFn, DeterminismCheck, Options, Partition
+from distckpt.engine.region import ContextFn, DeterminismCheck, InputKeeper, Options
 from distckpt.errors import AlreadyRegion, BadChoice, BadOption, NeverCalled, NoMatch, NotAModel, UnknownModel
 from distckpt.modules.module_region import ModuleRegion, region_of
 
@@ -69,7 +69,7 @@ def apply(
     debug: bool = False,
     early_stop: bool = True,
     respect_saved_tensors_hooks: bool | None = None,
-    partition: Partition | None = None,
+    partition: InputKeeper | None = None,
     **unknown: NoReturn,  # any other keyword: an error for type checkers, and a sentence at run time
 ) -> Applied:
     """Make modules of ``model`` regions, in place: each call of one is then a ``dc.checkpoint`` of its forward.
@@ -127,14 +127,19 @@ def apply(
         "partition": partition,
     }
     make_options(options)  # refuses what a call refuses
-    chosen = choose(model, globs)
+    chosen = choose_modules(model, globs)
     for name, module in chosen:
         _refuse_region(module, name)
     known = libraries(model)
     for library in known:
         library.check(model)
     regions = [
-        (name, ModuleRegion(module, Options(name=name or type(module).__name__, **options), plain(module)))
+        (
+            name,
+            ModuleRegion(
+                module, Options(name=name or type(module).__name__, **options), library_says_plain(module)
+            ),
+        )
         for name, module in chosen
     ]
     for _, region in regions:
@@ -186,7 +191,7 @@ Choice: TypeAlias = "One | Iterable[One]"
 _FORMS = 'a glob ("layers.*"), a class, modules (model.layers), a function of a module, or several of these'
 
 
-def choose(model: Module, choice: Choice | None = None) -> list[tuple[str, Module]]:
+def choose_modules(model: Module, choice: Choice | None = None) -> list[tuple[str, Module]]:
     """The modules that ``choice`` means: those with a forward, each once, in ``named_modules()`` order.
 
     Raises:
@@ -198,7 +203,7 @@ def choose(model: Module, choice: Choice | None = None) -> list[tuple[str, Modul
     # With its duplicates: a shared module may be named by any of its names, and is chosen once.
     modules = dict(model.named_modules(remove_duplicate=False))
     chosen: dict[Module, str] = {}
-    parts = default_layers(model) if choice is None else parts_of(choice)
+    parts = default_layers(model) if choice is None else as_list(choice)
     if not parts:
         raise NoMatch(
             "the choice of modules is empty",
@@ -216,7 +221,7 @@ def choose(model: Module, choice: Choice | None = None) -> list[tuple[str, Modul
     return sorted(((name, module) for module, name in chosen.items()), key=lambda item: order[item[0]])
 
 
-def parts_of(choice: One | Iterable[Any]) -> list[Any]:
+def as_list(choice: One | Iterable[Any]) -> list[Any]:
     """A choice as the list of what was written, with lists of modules taken apart. Nothing is refused here."""
     if isinstance(choice, Module):
         return _members(choice)
@@ -236,10 +241,10 @@ def _names(part: One, model: Module, modules: dict[str, Module]) -> list[str]:
     """The names that one part of the choice means.
 
     Raises:
-        NoMatch, BadChoice: as for :func:`choose`.
+        NoMatch, BadChoice: as for :func:`choose_modules`.
     """
     if isinstance(part, str):
-        return select([part], modules)
+        return names_matching([part], modules)
     if isinstance(part, Module):
         what, test = f"a module {type(part).__name__}", lambda name, module: module is part
     elif isinstance(part, type):
@@ -340,7 +345,7 @@ def _character_class(token: str) -> str:
     return rf"(?!\.)[{'^' if negated else ''}{body}]"
 
 
-def select(globs: Sequence[str], names: Iterable[str]) -> list[str]:
+def names_matching(globs: Sequence[str], names: Iterable[str]) -> list[str]:
     """The names that any of ``globs`` matches, in the order of ``names``.
 
     Raises:
@@ -399,7 +404,7 @@ class Library(Protocol):
         """Make the library's own switches agree with the regions that are on ``model`` now. Idempotent."""
         ...
 
-    def plain(self, module: torch.nn.Module) -> Callable[..., bool] | None:
+    def call_plainly(self, module: torch.nn.Module) -> Callable[..., bool] | None:
         """None, or what says of a call ``(module, args, kwargs)`` that it must not be a region. Picklable."""
         ...
 
@@ -424,10 +429,10 @@ def libraries(model: torch.nn.Module) -> list[Library]:
     return [_load(package) for package in sorted(found)]
 
 
-def plain(module: torch.nn.Module) -> Callable[..., bool] | None:
+def library_says_plain(module: torch.nn.Module) -> Callable[..., bool] | None:
     """What the library of ``module`` says about calls that must stay plain ones."""
     for package in sorted(_packages(type(module))):
-        test = _load(package).plain(module)
+        test = _load(package).call_plainly(module)
         if test is not None:
             return test
     return None

@@ -92,16 +92,20 @@ class Operator:
         places = self.writes or self.statistics
         if self.training is not None and not args[self.training]:
             places = ()
-        return [t for i, name in places for t in tensors(args[i] if i < len(args) else kwargs.get(name))]
+        return [
+            t
+            for i, name in places
+            for t in tensors_in_argument(args[i] if i < len(args) else kwargs.get(name))
+        ]
 
 
-def tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in_argument(value: Any) -> Iterator[torch.Tensor]:
     """The tensors among the arguments or results of an operator."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
         for part in value:
-            yield from tensors(part)
+            yield from tensors_in_argument(part)
 
 
 # Keyed by the operator itself, which is held by it: a key never comes to mean another one.
@@ -182,7 +186,7 @@ def verdict(policy: Any, func: Any, effect: bool, strict: bool) -> bool:
     return False
 
 
-def for_torch(policy: Any) -> Any:
+def torch_policy(policy: Any) -> Any:
     """A policy whose answers are members of torch's own enum, for torch's operator in a compiled graph."""
     if CheckpointPolicy is OriginalPolicy or not callable(policy):
         return policy

@@ -67,9 +67,9 @@ from distckpt.errors import SavedOutputChanged, SelectiveMismatch
 from distckpt.policy.operators import (
     Operator,
     SelectiveCheckpointContext,
-    for_torch,
     operator,
-    tensors,
+    tensors_in_argument,
+    torch_policy,
     verdict,
 )
 from distckpt.policy.saved_outputs import (
@@ -259,7 +259,9 @@ class CachingMode(_Selective, OriginalCachingMode):
 
     def _stands_alone(self, op: Any, out: Any, written: Any, args: Any, kwargs: Any) -> bool:
         """Whether ``out`` is all that this call did: see Note [Operators that always run]."""
-        if any(t.is_inference() for t in tensors(out)):  # no version counter would tell that it was changed
+        if any(
+            t.is_inference() for t in tensors_in_argument(out)
+        ):  # no version counter would tell that it was changed
             return False
         if not self.strict:
             return True
@@ -271,7 +273,7 @@ class CachingMode(_Selective, OriginalCachingMode):
             with without_dispatch_modes():
                 after = [(s, s.get_state()) for s, state in before if s.moved(state)]
         if hooks is not None and calls.operator.in_flight:
-            for t in tensors(out):
+            for t in tensors_in_argument(out):
                 wait_for_collective(t)
         if type(out) is torch.Tensor:
             kept: Any = SavedOutput(out, hooks)
@@ -440,7 +442,7 @@ def create_selective_checkpoint_contexts(
         TypeError: neither a function nor a list.
     """
     if is_aot_tracing():
-        return original_selective_contexts(for_torch(policy_fn_or_list), allow_cache_entry_mutation)
+        return original_selective_contexts(torch_policy(policy_fn_or_list), allow_cache_entry_mutation)
     if isinstance(policy_fn_or_list, list):
         for op in policy_fn_or_list:
             if not isinstance(op, _OPERATORS):

@@ -21,7 +21,7 @@ import torch
 from distckpt._torch import detach_below_autograd, dispatch_mode_is_on, without_dispatch_modes
 from distckpt.engine.inputs import memory
 from distckpt.engine.stats import storages
-from distckpt.policy.operators import Operator, tensors
+from distckpt.policy.operators import Operator, tensors_in_argument
 
 
 class Changed(Exception):
@@ -142,7 +142,7 @@ class SavedOutputs:
 
     def viewed(self, out: Any) -> None:
         """An operator of the record returned ``out``, perhaps memory that is kept under another version counter."""
-        for tensor in tensors(out):
+        for tensor in tensors_in_argument(out):
             for kept in self._over(tensor):
                 if kept.unpack is None:
                     kept.others = (*kept.others, (detach_below_autograd(tensor), tensor._version))
@@ -229,8 +229,8 @@ def _range(x: torch.Tensor) -> tuple[Any, Any]:
 
 def shares_memory(out: Any, args: Any) -> bool:
     """Whether a result of an operator lies in memory of an argument."""
-    places = {_place(part) for t in tensors(args) for part in parts(t)}
-    return any(_place(part) in places for t in tensors(out) for part in parts(t))
+    places = {_place(part) for t in tensors_in_argument(args) for part in parts(t)}
+    return any(_place(part) in places for t in tensors_in_argument(out) for part in parts(t))
 
 
 def each(function: Callable[[Any], Any], out: Any) -> Any:

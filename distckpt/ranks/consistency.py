@@ -43,7 +43,7 @@ from distckpt.ranks.plan import (
     listed,
     meet_plan,
 )
-from distckpt.ranks.store import Verdict, failed, named_ranks, spans
+from distckpt.ranks.store import Verdict, as_coded, named_ranks, spans
 from distckpt.ranks.world import World
 
 # Mesh dimensions along which the plans are free to differ: each coordinate is a pipeline stage.
@@ -119,7 +119,7 @@ class Work(Generic[T]):
                 {name: canonical(comparable(value)) for name, value in facts(done).items()}, result=done
             )
         except Exception as error:
-            return cls(failure=Verdict.of(failed(error)).error, cause=error)
+            return cls(failure=Verdict.of(as_coded(error)).error, cause=error)
 
     @property
     def done(self) -> T:
@@ -173,7 +173,7 @@ def collect(
         made.short()
         return made
     except Exception as error:  # the other ranks wait for what this one says, whatever happened to it
-        return Statement(failure=Verdict.of(failed(error)).error, cause=error)
+        return Statement(failure=Verdict.of(as_coded(error)).error, cause=error)
 
 
 def _modules(model: Any) -> list[torch.nn.Module]:

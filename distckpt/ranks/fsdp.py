@@ -40,7 +40,7 @@ from distckpt.errors import (
     UnitsInsideRegion,
     UnknownOption,
 )
-from distckpt.modules import Applied, apply, choose
+from distckpt.modules import Applied, apply, choose_modules
 from distckpt.modules import regions as regions_on
 from distckpt.modules.apply import Choice
 from distckpt.ranks import fsdp_units
@@ -312,11 +312,11 @@ def _chosen(model: torch.nn.Module, units: list[fsdp_units.Unit], regions: Any) 
     """The modules to make regions, by name."""
     if regions is AS_UNITS:
         regions = [module for unit in units[:-1] for module in unit.modules]
-        return dict(choose(model, regions)) if regions else {}
+        return dict(choose_modules(model, regions)) if regions else {}
     if regions is None:
         return {}
     try:
-        return dict(choose(model, regions))
+        return dict(choose_modules(model, regions))
     except (NoMatch, BadChoice) as error:
         fix = f"{error.fix}; regions=None makes none" if error.fix else "regions=None makes none"
         raise type(error)(f"regions: {error.what}", why=error.why, fix=fix) from None

@@ -22,8 +22,8 @@ from distckpt.errors import (
     SharedAcrossUnits,
     UnknownUnit,
 )
-from distckpt.modules import choose
-from distckpt.modules.apply import Choice, One, compile_glob, parts_of
+from distckpt.modules import choose_modules
+from distckpt.modules.apply import Choice, One, as_list, compile_glob
 
 Units: TypeAlias = "One | Iterable[One | tuple[One, ...] | list[One]]"
 
@@ -55,7 +55,7 @@ def find(model: torch.nn.Module, asked: Units) -> list[Unit]:
         CannotShard: a module is in two units, or units overlap so that no order is right (DC425).
     """
     units: dict[torch.nn.Module, Unit] = {}
-    for entry in parts_of(asked):
+    for entry in as_list(asked):
         together = isinstance(entry, (tuple, list))
         found = [item for item in _choose(model, entry if together else [entry]) if item[1] is not model]
         if together:
@@ -74,7 +74,7 @@ def find(model: torch.nn.Module, asked: Units) -> list[Unit]:
 
 def _choose(model: torch.nn.Module, choice: Choice) -> list[tuple[str, torch.nn.Module]]:
     try:
-        return choose(model, choice)
+        return choose_modules(model, choice)
     except BadChoice as error:
         raise BadChoice(f"units: {error.what}", fix=error.fix) from None
     except NoMatch as error:

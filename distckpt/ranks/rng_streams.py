@@ -131,8 +131,8 @@ class RngStreamTracker:
     def set_state(self, state: StreamStates) -> None:
         self.now = state
 
-    lend = get_state
-    take_back = set_state
+    swap_in = get_state
+    swap_out = set_state
 
     def moved(self, state: StreamStates) -> bool:
         now = self.now

@@ -82,7 +82,7 @@ class Verdict:
 Judge = Callable[[dict[int, bytes], "dict[int, bytes] | None"], Verdict]
 
 
-def failed(error: Exception) -> DistckptError:
+def as_coded(error: Exception) -> DistckptError:
     """``error`` as all ranks can raise it: itself if it has a code, else :class:`RankFailed`, which quotes it."""
     if isinstance(error, DistckptError):
         return error
@@ -304,7 +304,7 @@ class _Meeting:
             return self.judge(messages, texts)
         except Exception as error:  # a fault of ours must not leave the others waiting
             self.cause = error
-            told = failed(error)
+            told = as_coded(error)
             return Verdict.of(
                 RankFailed(f"comparing failed: {told.what}", f"rank {self.rank}", told.why, told.fix)
             )

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def test_every_case_is_equal_on_the_cpu_in_both_ways() -> None:
-    results = selftest.run([CPU])
+    results = selftest.run_selftests([CPU])
     assert {r.status for r in results} == {"equal"}
     assert [(r.case, r.way) for r in results] == [
         (case, way) for case in CASES for way in ("dc.checkpoint", "torch's names")
@@ -29,7 +29,7 @@ def test_it_leaves_random_state_and_grad_mode_alone() -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
     with torch.no_grad():
-        selftest.run([CPU])
+        selftest.run_selftests([CPU])
         assert not torch.is_grad_enabled()
     assert torch.equal(before, torch.get_rng_state())
 
@@ -37,7 +37,7 @@ def test_it_leaves_random_state_and_grad_mode_alone() -> None:
 def test_every_device_of_a_type_is_tested(lazy: FakeModule) -> None:  # noqa: F811
     torch.randn(1, device="lazy:1")
     before = lazy.default_generators[1].get_state()
-    results = selftest.run([torch.device("lazy", 0), torch.device("lazy", 1)])
+    results = selftest.run_selftests([torch.device("lazy", 0), torch.device("lazy", 1)])
     assert {(r.device, r.status) for r in results if r.case != AUTOCAST} == {
         ("lazy:0", "equal"),
         ("lazy:1", "equal"),
@@ -48,7 +48,7 @@ def test_every_device_of_a_type_is_tested(lazy: FakeModule) -> None:  # noqa: F8
 
 def _only(monkeypatch: pytest.MonkeyPatch, case: Any) -> list[selftest.Result]:
     monkeypatch.setattr(selftest, "CASES", {"mine": case})
-    return selftest.run([CPU])
+    return selftest.run_selftests([CPU])
 
 
 def test_a_replay_that_draws_other_numbers_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +98,6 @@ def test_a_device_that_is_not_deterministic_itself_is_not_blamed_on_regions(
 
 
 def test_a_device_that_does_not_start_is_a_failure() -> None:
-    (only,) = selftest.run([torch.device("xpu", 0)])
+    (only,) = selftest.run_selftests([torch.device("xpu", 0)])
     assert (only.device, only.case, only.status) == ("xpu:0", "start the device", "differs")
     assert only.detail

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from distckpt.errors import NoMatch
-from distckpt.modules.apply import compile_glob, select
+from distckpt.modules.apply import compile_glob, names_matching
 
 NAMES = [
     "",
@@ -69,12 +69,12 @@ def test_the_empty_glob_is_the_model_itself() -> None:
 
 
 def test_several_globs_give_each_name_once_in_the_models_order() -> None:
-    assert select(["head", "layers.*", "**.10"], NAMES) == ["layers.0", "layers.10", "head"]
+    assert names_matching(["head", "layers.*", "**.10"], NAMES) == ["layers.0", "layers.10", "head"]
 
 
 def test_each_glob_must_match_something() -> None:
     with pytest.raises(NoMatch, match=r"\[DC301\].*'encoder.\*'"):
-        select(["layers.*", "encoder.*"], NAMES)
+        names_matching(["layers.*", "encoder.*"], NAMES)
 
 
 @pytest.mark.parametrize(
@@ -83,5 +83,5 @@ def test_each_glob_must_match_something() -> None:
 )
 def test_a_glob_without_match_names_near_ones(glob: str, near: str) -> None:
     with pytest.raises(NoMatch) as caught:
-        select([glob], NAMES)
+        names_matching([glob], NAMES)
     assert near in str(caught.value)

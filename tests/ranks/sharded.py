@@ -85,11 +85,11 @@ NESTED = ("stack.layers.*.attn", "stack.layers.*.mlp", "stack.layers.*")
 
 def named(model: nn.Module, globs: Iterable[str | tuple[str, ...]]) -> list[Any]:
     """The modules that the globs mean; those of a tuple together."""
-    from distckpt.modules import choose
+    from distckpt.modules import choose_modules
 
     chosen: list[Any] = []
     for glob in globs:
-        modules = [module for _, module in choose(model, glob)]
+        modules = [module for _, module in choose_modules(model, glob)]
         chosen += modules if isinstance(glob, str) else [modules]
     return chosen
 

@@ -10,7 +10,7 @@ from distckpt.cli.selftest import CASES
 
 
 def test_every_case_is_equal_on_every_device() -> None:
-    results = selftest.run([torch.device("cpu"), torch.device("xla")])
+    results = selftest.run_selftests([torch.device("cpu"), torch.device("xla")])
     devices = ["cpu", *map(str, distckpt_backends.get("xla").live_devices())]
     assert len(devices) >= 2
     assert [(r.device, r.status, r.detail) for r in results] == [

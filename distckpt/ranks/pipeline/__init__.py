@@ -31,7 +31,7 @@ from distckpt.engine.hooks import fill
 from distckpt.engine.region import Region, owner
 from distckpt.errors import AlreadyAttached, BadOption, StageNotInPlan, UnknownSchedule
 from distckpt.modules import Applied, apply
-from distckpt.modules.apply import Choice, parts_of
+from distckpt.modules.apply import Choice, as_list
 from distckpt.ranks.pipeline.schedule import Ahead, Order, StageReport, memory_budget, order_of
 from distckpt.ranks.pipeline.stage import MicroBatch, Stage
 from distckpt.ranks.plan import comparable
@@ -324,7 +324,7 @@ def _said(choice: Choice) -> Any:
     ranks of their stage have, are their classes."""
     return sorted(
         type(part).__name__ if isinstance(part, torch.nn.Module) else str(comparable(part))
-        for part in parts_of(choice)
+        for part in as_list(choice)
     )
 
 
