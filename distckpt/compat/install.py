@@ -36,11 +36,8 @@ from distckpt.engine.sessions import GraphExecGroup
 from distckpt.engine.state import region_here
 from distckpt.engine.switches import set_checkpoint_debug_enabled, set_checkpoint_early_stop
 from distckpt.errors import CheckpointError, TorchAnswers
-from distckpt.policy.selective import (
-    SAC_IGNORED_OPS,
-    SelectiveCheckpointContext,
-    create_selective_checkpoint_contexts,
-)
+from distckpt.policy.operators import SelectiveCheckpointContext
+from distckpt.policy.sac import SAC_IGNORED_OPS, create_selective_checkpoint_contexts
 
 # Read by name at each use, by Dynamo's identity test and torch's own operator among others: the compile stack
 # follows torch.utils.checkpoint by itself, and what it bound at import (enum members, mode classes that its dispatch
