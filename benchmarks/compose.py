@@ -43,7 +43,8 @@ def run(name: str, count: int, start: int) -> dict[str, Any]:
         except Exception as error:
             # without the folder of this copy, which says nothing to others
             said = [text.replace(f"{ROOT}/", "") for text in (str(error), *getattr(error, "__notes__", []))]
-            failures.append({"seed": start + number, "error": said[0], "program": "\n".join(said[1:])})
+            program = "\n".join(said[1:]).partition("\nFailed to reproduce")[0]  # a long traceback
+            failures.append({"seed": start + number, "error": said[0], "program": program})
             print(f"seed {start + number}: {said[0]}\n{failures[-1]['program']}\n", flush=True)
         done = sum(tally.verdicts.values())
         if sys.stderr.isatty():

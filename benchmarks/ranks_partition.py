@@ -25,7 +25,7 @@ from report import table, write
 
 import distckpt as dc
 from distckpt._torch_dist import all_gather
-from distckpt.ranks import kept
+from distckpt.ranks import partition as room
 from distckpt.ranks.partition import Counts, Partition
 
 WIDTH, HIDDEN, BLOCKS = 256, 512, 8
@@ -89,7 +89,7 @@ def measure(rounds: int, tokens: int) -> list[dict[str, Any]]:
     }  # and a warm-up
     rows = []
     for link in LINKS:
-        kept.all_gather = slow(link)
+        room.all_gather = slow(link)
         times: dict[str, list[float]] = {name: [] for name in VARIANTS}
         counts: dict[str, Counts] = {}
         for _ in range(rounds):

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from distckpt.engine import is_recomputing as is_recomputing
     from distckpt.engine import pin as pin
     from distckpt.engine import session as session
-    from distckpt.engine.devices import DefaultDeviceType as DefaultDeviceType
-    from distckpt.engine.switches import set_checkpoint_debug_enabled as set_checkpoint_debug_enabled
-    from distckpt.engine.switches import set_checkpoint_early_stop as set_checkpoint_early_stop
+    from distckpt.engine.region import set_checkpoint_debug_enabled as set_checkpoint_debug_enabled
+    from distckpt.engine.region import set_checkpoint_early_stop as set_checkpoint_early_stop
+    from distckpt.engine.rng import DefaultDeviceType as DefaultDeviceType
     from distckpt.errors import CheckpointError as CheckpointError
     from distckpt.errors import DistckptError as DistckptError
     from distckpt.modules import Applied as Applied
@@ -39,8 +39,8 @@ if not TYPE_CHECKING:  # out of the checkers' sight, or any name at all would pa
         "": "errors compat devices rng",
         ".errors": "CheckpointError DistckptError",
         ".engine": "Session checkpoint checkpoint_sequential is_recomputing pin session",
-        ".engine.devices": "DefaultDeviceType",
-        ".engine.switches": "set_checkpoint_debug_enabled set_checkpoint_early_stop",
+        ".engine.rng": "DefaultDeviceType",
+        ".engine.region": "set_checkpoint_debug_enabled set_checkpoint_early_stop",
         ".policy": "CheckpointPolicy SelectiveCheckpointContext create_selective_checkpoint_contexts",
         ".modules": "Applied apply",
         ".ranks": "Coordinator guard_units",  # what only jobs of several ranks use comes when it is named

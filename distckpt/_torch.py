@@ -13,13 +13,12 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
 from distckpt_backends.private import PrivateNames, warn_if_untried
-from torch._guards import TracingContext
 from torch.utils import _pytree
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 NAMES = PrivateNames(
     {
@@ -98,6 +97,8 @@ NAMES = PrivateNames(
 )
 NAMES.need("regions")
 warn_if_untried()
+
+_guards: Any = importlib.import_module("torch._guards")  # imported by torch itself
 _autograd: Any = torch._C._autograd  # type: ignore[attr-defined]
 
 
@@ -265,6 +266,15 @@ def skip_frames_below(function: Callable[..., Any]) -> None:
     frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))  # type: ignore[attr-defined]
 
 
+def skip_inner_frames(function: Callable[..., Any]) -> None:
+    """Ask Dynamo not to compile the functions that ``function`` defines, each time it runs, and hands to torch."""
+    frames: Any = torch._C._dynamo.eval_frame  # type: ignore[attr-defined]
+    skip, default = frames._FrameAction.SKIP, frames._FrameAction.DEFAULT
+    for inner in function.__code__.co_consts:
+        if isinstance(inner, CodeType):
+            frames.set_code_exec_strategy(inner, frames._FrameExecStrategy(skip, default))  # type: ignore[attr-defined]
+
+
 def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
@@ -320,7 +330,8 @@ def dispatch_mode_is_on() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
-top_dispatch_mode: Callable[[], Any] = _get_current_dispatch_mode
+_dispatch_modes: Any = importlib.import_module("torch.utils._python_dispatch")
+top_dispatch_mode: Callable[[], Any] = _dispatch_modes._get_current_dispatch_mode
 """The innermost dispatch mode of this thread, or None."""
 
 
@@ -474,7 +485,7 @@ def user_saved_tensors_hooks(
 
 def is_aot_tracing() -> bool:
     """Whether AOTAutograd or export is tracing, also while it only propagates fake tensors."""
-    return TracingContext.try_get() is not None or is_proxy_tracing()
+    return _guards.TracingContext.try_get() is not None or is_proxy_tracing()
 
 
 def is_compiled_region(func: object) -> bool:

@@ -1,3 +1,3 @@
 """``dc.devices``: the single-device-type rule."""
 
-from distckpt.engine.devices import rule as rule
+from distckpt.engine.rng import rule as rule

@@ -7,14 +7,14 @@ from distckpt.engine.streams import register_source as register_source
 from distckpt.engine.streams import registered as registered
 
 if TYPE_CHECKING:
-    from distckpt.ranks.stream_check import check_streams as check_streams
-    from distckpt.ranks.streams import seed_streams as seed_streams
-    from distckpt.ranks.streams import stream as stream
+    from distckpt.ranks.rng_states import check_streams as check_streams
+    from distckpt.ranks.rng_streams import seed_streams as seed_streams
+    from distckpt.ranks.rng_streams import stream as stream
 
 if not TYPE_CHECKING:  # named streams belong to ranks, and come when one of them is named
     import importlib
 
-    _HOMES = {"check_streams": "stream_check", "seed_streams": "streams", "stream": "streams"}
+    _HOMES = {"check_streams": "rng_states", "seed_streams": "rng_streams", "stream": "rng_streams"}
     __all__ = sorted(["register", "register_source", "registered", *_HOMES])
 
     def __getattr__(name):

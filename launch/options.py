@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from distckpt.errors import BadAhead
-from distckpt.ranks.pipeline.limit import limit_of
+from distckpt.ranks.pipeline.schedule import memory_budget
 from launch.errors import BadOption
 
 # What a checkpoint must agree on with the run that resumes it. The rest (steps, paths) may change.
@@ -121,7 +121,7 @@ class Options:
                 f"--ahead {self.ahead} needs replays that are early", fix="leave out --no-early-replay"
             )
         try:
-            limit_of(True, self.ahead_amount)
+            memory_budget(True, self.ahead_amount)
         except BadAhead as error:
             raise BadOption(
                 f"--ahead {self.ahead} is no amount", fix='give "1 micro-batch", a size ("800 MB"), or bytes'

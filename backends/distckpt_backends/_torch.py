@@ -73,10 +73,29 @@ _WITHOUT_MODULE = ("lazy", "hpu", "ipu", "ve", "fpga", "maia", "vulkan", "opengl
 
 # What follows the start of the Mersenne Twister: its seed, position and flag, its words, and two cached normals.
 _BEFORE_WORDS, _WORDS, _CACHED = 20, 624 * 4, 28
+_FIRST_WORDS = 32 * 4
 
 
-def cpu_generator_memory(generator: torch.Generator) -> Any | None:
-    """The memory in which torch keeps the whole state of a CPU generator, as a live ctypes array of bytes.
+class GeneratorMemory:
+    """The first and the last bytes of what torch keeps for a CPU generator, as they are now."""
+
+    __slots__ = ("first", "last")
+
+    def __init__(self, address: int) -> None:
+        self.first = (ctypes.c_char * (_BEFORE_WORDS + _FIRST_WORDS)).from_address(address)
+        self.last = (ctypes.c_char * _CACHED).from_address(address + _BEFORE_WORDS + _WORDS)
+
+    def read(self) -> tuple[bytes, bytes]:
+        """Both."""
+        return self.first.raw, self.last.raw
+
+    def moved(self, mark: tuple[bytes, bytes]) -> bool:
+        """Whether they are others than in ``mark``."""
+        return self.first.raw != mark[0] or self.last.raw != mark[1]
+
+
+def cpu_generator_memory(generator: torch.Generator) -> GeneratorMemory | None:
+    """The memory in which torch keeps the state of a CPU generator.
 
     None where it cannot be found for certain: see Note [Generator memory] in ``cpu.py``. Known for torch 2.9 to
     2.15 on Linux; any other is asked by ``get_state()``.
@@ -100,7 +119,7 @@ def cpu_generator_memory(generator: torch.Generator) -> Any | None:
     size = _BEFORE_WORDS + _WORDS + _CACHED
     if start < 0 or start + size > len(block):
         return None
-    return (ctypes.c_char * size).from_address(base + start)
+    return GeneratorMemory(base + start)
 
 
 # torch_xla 2.9 --------------------------------------------------------------------------------------------

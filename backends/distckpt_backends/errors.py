@@ -37,7 +37,8 @@ class DistckptError(RuntimeError):
 def _rebuild(
     kind: type[DistckptError], what: str, where: str | None, why: str | None, fix: str | None
 ) -> DistckptError:
-    error = kind.__new__(kind)
+    # the built-in class that lays it out: OSError's where a TimeoutError is among its bases
+    error: DistckptError = (OSError if issubclass(kind, OSError) else RuntimeError).__new__(kind)
     DistckptError.__init__(error, what, where, why, fix)
     return error
 

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from distckpt import compat
-from distckpt.engine.events import counters
 from distckpt.engine.inputs import tensors
 from distckpt.engine.record import observe
+from distckpt.engine.stats import counters
 from distckpt.errors import BadUsage, NoScript
 
 

@@ -16,7 +16,7 @@ from distckpt_backends import Backend
 from torch import nn
 
 import distckpt as dc
-from distckpt.engine.options import DeterminismCheck
+from distckpt.engine.region import DeterminismCheck
 
 Region = Callable[..., Any]
 Case = Callable[[torch.device, Region], tuple[torch.Tensor, list[torch.Tensor]]]

@@ -5,10 +5,10 @@ from distckpt.compat import wrapper
 from distckpt.compat.checkpoint import checkpoint, checkpoint_sequential, get_device_states, set_device_states
 from distckpt.compat.install import install
 from distckpt.compat.wrapper import composable_checkpoint
-from distckpt.engine.devices import DefaultDeviceType
 from distckpt.engine.reentrant import CheckpointFunction, check_backward_validity, detach_variable
+from distckpt.engine.region import set_checkpoint_debug_enabled, set_checkpoint_early_stop
+from distckpt.engine.rng import DefaultDeviceType
 from distckpt.engine.sessions import GraphExecGroup
-from distckpt.engine.switches import set_checkpoint_debug_enabled, set_checkpoint_early_stop
 from distckpt.errors import CheckpointError
 from distckpt.policy.operators import CheckpointPolicy, SelectiveCheckpointContext
 from distckpt.policy.sac import SAC_IGNORED_OPS

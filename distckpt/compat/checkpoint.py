@@ -1,6 +1,6 @@
 """``torch.utils.checkpoint``'s functions over our engine, as of torch 2.15.
 
-Torch's defaults, warnings and error types; regions are not strict (see :class:`~distckpt.engine.options.Options`).
+Torch's defaults, warnings and error types; regions are not strict (see :class:`~distckpt.engine.region.Options`).
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from distckpt._torch import (
     torch_operator,
     user_determinism_checks,
 )
-from distckpt.engine import switches
 from distckpt.engine.api import chunk, run_chunk
-from distckpt.engine.devices import DefaultDeviceType, choose, current_rule, device_types
 from distckpt.engine.inputs import tensors
-from distckpt.engine.options import CHECKS, Options
 from distckpt.engine.record import abort_region, close_region, open_region, record
 from distckpt.engine.reentrant import CheckpointFunction
+from distckpt.engine.region import CHECKS, Options, debug_switch
+from distckpt.engine.rng import DefaultDeviceType, choose, current_rule, device_types
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
@@ -162,7 +161,7 @@ def region_options(
     Raises:
         ValueError: an unknown determinism check, or debug together with a context function.
     """
-    override = switches.debug.get()
+    override = debug_switch.get()
     if (debug if override is None else override) and context_fn is not noop_context_fn:
         raise ValueError("debug=True is incompatible with non-default context_fn")
     check: Any = determinism_check

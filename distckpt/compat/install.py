@@ -29,12 +29,11 @@ from distckpt.compat.checkpoint import (
     get_device_states,
     set_device_states,
 )
-from distckpt.engine.devices import DefaultDeviceType
-from distckpt.engine.events import counters
 from distckpt.engine.reentrant import CheckpointFunction, check_backward_validity, detach_variable
+from distckpt.engine.region import region_here, set_checkpoint_debug_enabled, set_checkpoint_early_stop
+from distckpt.engine.rng import DefaultDeviceType
 from distckpt.engine.sessions import GraphExecGroup
-from distckpt.engine.state import region_here
-from distckpt.engine.switches import set_checkpoint_debug_enabled, set_checkpoint_early_stop
+from distckpt.engine.stats import counters
 from distckpt.errors import CheckpointError, TorchAnswers
 from distckpt.policy.operators import SelectiveCheckpointContext
 from distckpt.policy.sac import SAC_IGNORED_OPS, create_selective_checkpoint_contexts

@@ -3,13 +3,17 @@
 Default dtype, deterministic flags, attention backend choice, autocast of every device type in use, the device context,
 and whether ``torch.fx`` traces. ContextVars travel with the region's own copy of the context; grad mode is always on in
 a replay.
+
+And the user's own contexts around record and replay: the ``context_fn`` pair and the debug log.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from distckpt_backends import live
@@ -27,6 +31,12 @@ from distckpt._torch import (
     set_sdp_priority,
     set_sdp_state,
 )
+from distckpt.engine.region import here
+
+if TYPE_CHECKING:
+    from distckpt.engine.diagnose import OpLog
+    from distckpt.engine.region import ContextFn, Region
+
 
 _default_dtype = torch.get_default_dtype
 _flash, _efficient, _math, _cudnn, _priority = sdp_readers()
@@ -121,3 +131,101 @@ def _set_autocast(cache: bool, kinds: Any) -> None:
         torch.set_autocast_enabled(kind, enabled)
         torch.set_autocast_dtype(kind, dtype)
     torch.set_autocast_cache_enabled(cache)
+
+
+Context = AbstractContextManager[Any]
+
+
+class Contexts:
+    """Forward and recompute context of one region.
+
+    They are entered and left by hand: an ``ExitStack`` and a generator around each doubled what a context costs.
+    """
+
+    __slots__ = ("_entered", "_forward", "_replay")
+
+    def __init__(self, make: ContextFn | None, region: Region) -> None:
+        forward, replay = make() if make is not None else (contextlib.nullcontext(), contextlib.nullcontext())
+        self._forward: Context = _bound(forward, region)
+        self._replay: Context = _bound(replay, region)
+        self._entered: Context | None = (
+            None  # a log is around it, which names the region: not beyond the record
+        )
+
+    def enter_forward(self, region: Region) -> None:
+        """Enter before the record."""
+        context = self._forward
+        if region.log is not None:
+            context = _logged(region.log.forward, context, region)
+        _enter(context, region)
+        self._entered = context
+
+    def leave_forward(self, error: BaseException | None) -> bool:
+        """Leave after the record; true when the context wants to swallow ``error``."""
+        kind, trace = (None, None) if error is None else (type(error), error.__traceback__)
+        context, self._entered = self._entered, None
+        return (
+            context is not None
+            and bool(type(context).__exit__(context, kind, error, trace))
+            and error is not None
+        )
+
+    def replaying(self, region: Region) -> Context:
+        """Around one replay."""
+        # made again where it serves one `with` alone: there may be more replays
+        again = getattr(self._replay, "_recreate_cm", None)
+        context = self._replay if again is None else again()
+        return _Replaying(
+            context if region.log is None else _logged(region.log.replay, context, region), region
+        )
+
+
+class _Replaying:
+    """One replay in the recompute context of a region."""
+
+    __slots__ = ("_context", "_region")
+
+    def __init__(self, context: Context, region: Region) -> None:
+        self._context = context
+        self._region = region
+
+    def __enter__(self) -> None:
+        _enter(self._context, self._region)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return type(self._context).__exit__(self._context, kind, error, trace)
+
+
+def _bound(context: Any, region: Region) -> Context:
+    # Selective contexts of ours ask the region about its flavour, its generators and the user's hooks.
+    bind = getattr(context, "bind_region", None)
+    return context if bind is None else bind(region)
+
+
+def _enter(context: Context, region: Region) -> None:
+    """Enter the user's context. A selective one that it enters in here finds the region that it serves."""
+    kind = type(context)
+    try:
+        enter, _ = kind.__enter__, kind.__exit__
+    except AttributeError:
+        raise TypeError(
+            f"{kind.__qualname__!r} object does not support the context manager protocol"
+        ) from None
+    before = here.entering
+    here.entering = region if region.options.strict else None
+    try:
+        enter(context)
+    finally:
+        here.entering = before
+
+
+@contextlib.contextmanager
+def _logged(log: OpLog, context: Context, region: Region) -> Iterator[None]:
+    """``context`` inside of a debug log, which begins anew."""
+    log.entries.clear()
+    with log.recording(), contextlib.ExitStack() as stack:
+        _enter(context, region)
+        stack.push(context)
+        yield

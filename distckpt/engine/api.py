@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
 import torch
 
 from distckpt._torch import skip_frame, torch_operator
-from distckpt.engine import misuse
-from distckpt.engine.call import run
+from distckpt.engine import diagnose
 from distckpt.engine.inputs import Wrapping
-from distckpt.engine.options import DEFAULT, ContextFn, DeterminismCheck, Options, Partition
+from distckpt.engine.record import run
 from distckpt.engine.reentrant import reentrant
+from distckpt.engine.region import DEFAULT, ContextFn, DeterminismCheck, Options, Partition
 from distckpt.errors import BadOption, NotAFunction, OptionCollision
 
 P = ParamSpec("P")
@@ -38,12 +38,12 @@ OPTION_NAMES = frozenset(
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _collisions: dict[CodeType, frozenset[str]] = {}
-_near_miss = misuse.near_misses(OPTION_NAMES)
+_near_miss = diagnose.near_misses(OPTION_NAMES)
 
 
 def parameters_that_collide(fn: Any) -> frozenset[str]:
     """Parameters of ``fn`` named like an option. Cached by code object: a call never takes a signature."""
-    code = misuse.code_of(fn)
+    code = diagnose.code_of(fn)
     if code is None:
         return frozenset()
     if _is_dynamo_compiling():  # it cannot guard a dictionary whose keys are code objects
@@ -55,7 +55,7 @@ def parameters_that_collide(fn: Any) -> frozenset[str]:
 
 
 def _options_among(code: CodeType) -> frozenset[str]:
-    return OPTION_NAMES.intersection(misuse.parameters(code))
+    return OPTION_NAMES.intersection(diagnose.parameters(code))
 
 
 def split(fn: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -66,7 +66,7 @@ def split(fn: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     """
     options = {k: v for k, v in kwargs.items() if k in OPTION_NAMES}
     if len(options) < len(kwargs) and not _is_dynamo_compiling():
-        misuse.warn_of_swallowed(fn, kwargs, _near_miss, stacklevel=4)
+        diagnose.warn_of_swallowed(fn, kwargs, _near_miss, stacklevel=4)
     if not options:
         return options, kwargs
     both = parameters_that_collide(fn).intersection(options)
@@ -159,12 +159,12 @@ class Checkpointed(Wrapping):
 def _decorator(given: dict[str, Any]) -> Callable[[Callable[..., T]], Callable[..., T]]:
     unknown = set(given) - OPTION_NAMES
     if unknown:
-        raise misuse.unknown_option("dc.checkpoint", unknown, OPTION_NAMES)
+        raise diagnose.unknown_option("dc.checkpoint", unknown, OPTION_NAMES)
     make_options(given)  # complain here, not at the first call
 
     def decorate(fn: Callable[..., T]) -> Callable[..., T]:
-        if misuse.is_lazy_function(fn):
-            raise misuse.lazy(fn.__qualname__)
+        if diagnose.is_lazy_function(fn):
+            raise diagnose.lazy(fn.__qualname__)
         return Checkpointed(fn, given)
 
     return decorate
@@ -254,7 +254,7 @@ def checkpoint(function: Any = None, *args: Any, **kwargs: Any) -> Any:
         given, kwargs = split(function, kwargs)
         return _call(function, args, kwargs, given)
     except TypeError as error:
-        if (better := misuse.explain(function, args, kwargs, error, OPTION_NAMES)) is None:
+        if (better := diagnose.explain(function, args, kwargs, error, OPTION_NAMES)) is None:
             raise
         raise better from error
 
@@ -316,7 +316,7 @@ def checkpoint_sequential(functions: Any, segments: int, input: Any, **options: 
     """
     unknown = set(options) - OPTION_NAMES
     if unknown:
-        raise misuse.unknown_option("dc.checkpoint_sequential", unknown, OPTION_NAMES)
+        raise diagnose.unknown_option("dc.checkpoint_sequential", unknown, OPTION_NAMES)
     if not isinstance(functions, (torch.nn.Sequential, torch.nn.ModuleList, Sequence)) or isinstance(
         functions, str
     ):

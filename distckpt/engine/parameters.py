@@ -26,12 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distckpt.engine.inputs import check_marks, give_back, marks, memory, own_tensor
-from distckpt.engine.state import Frame, here
-from distckpt.errors import ParameterRead
+from distckpt.engine.region import Frame, Outdated, here
 
 if TYPE_CHECKING:
     from distckpt.engine.buffers import Holders
     from distckpt.engine.region import Region
+
 
 _ref = weakref.ref
 _Place = tuple[dict[str, Any], str]
@@ -145,27 +145,6 @@ def _as_around(state: ModuleState) -> None:
                 if before is not None:
                     state.versions[i], state.storages[i] = before[2:]
         frame = frame.outer
-
-
-class Outdated:
-    """A value computed from a changed parameter. Its version equals no tensor's, so that no check lets it pass."""
-
-    __slots__ = ("names", "value")
-    _version = -1
-
-    def __init__(self, value: torch.Tensor, names: str) -> None:
-        self.value = value
-        self.names = names
-
-    def error(self, where: str) -> ParameterRead:
-        """The error for a gradient that asks for it."""
-        return ParameterRead(
-            "a value that a gradient needs was computed from a parameter that has changed since the forward",
-            where=where,
-            why=f"the replay computed it from {self.names}, in which an optimizer's step, a load of weights or .data = "
-            "has put other numbers",
-            fix="change parameters after backward, or run the forward again",
-        )
 
 
 class Stale:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import threading
 import warnings
-import weakref
 from collections.abc import Callable
 from contextvars import copy_context
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -24,41 +23,62 @@ from distckpt._torch import (
     set_script_optimizes,
     skip_frame,
     top_saved_tensors_hooks,
+    torch_operator,
     traced_graph,
 )
-from distckpt.engine import (
-    ambient,
-    buffers,
-    closure,
-    inputs,
-    misuse,
-    parameters,
-    rng,
-    sessions,
-    streams,
-    switches,
-)
-from distckpt.engine.barrier import Tie
-from distckpt.engine.devices import choose, current_rule, device_types, stashed_backends
-from distckpt.engine.events import counters
+from distckpt.engine import ambient, buffers, closure, diagnose, inputs, parameters, rng, streams
+from distckpt.engine.ambient import Contexts
+from distckpt.engine.compiler import Tie, Traced
+from distckpt.engine.determinism import optimised_graphs
+from distckpt.engine.hooks import is_engine_hook, packer, stays, unpack, unpack_as_torch
 from distckpt.engine.inputs import Scan, own_call, tensors
-from distckpt.engine.options import Options
-from distckpt.engine.region import Region, describe
-from distckpt.engine.replay import is_engine_hook, stays
-from distckpt.engine.slot import Slot
-from distckpt.engine.state import here
-from distckpt.engine.traced import Traced
-from distckpt.engine.verify import Verifier
-from distckpt.errors import LateDevice, SuppressedException, UnstashedDraw
+from distckpt.engine.region import (
+    Options,
+    Region,
+    current_session,
+    debug_switch,
+    describe,
+    early_stop_switch,
+    here,
+    open_sessions,
+)
+from distckpt.engine.rng import choose, current_rule, device_types, stashed_backends
+from distckpt.engine.stats import counters
+from distckpt.errors import BadOption, LateDevice, SuppressedException, UnstashedDraw
 
-_ref = weakref.ref
 _Tensor = torch.Tensor
 _PLAIN = inputs.ATOMS | {_Tensor}
 _grad_enabled = torch.is_grad_enabled
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _RLock: Any = type(threading.RLock())  # the C class; the name in `threading` is a Python function around it
 _observer: Callable[[Region, Any], None] | None = None
-_early_stop = switches.early_stop.get
-_debug = switches.debug.get
+_early_stop = early_stop_switch.get
+_debug = debug_switch.get
+
+
+def run(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Any:
+    """``fn(*args, **kwargs)`` as a non-reentrant region; torch's operator while Dynamo traces.
+
+    Raises:
+        DistckptError: see :mod:`distckpt.engine.record`.
+    """
+    if _is_dynamo_compiling():
+        return torch_operator(fn, args, kwargs, for_torch(options))
+    return record(fn, args, kwargs, options)
+
+
+def for_torch(options: Options) -> dict[str, Any]:
+    """The options that torch's operator understands; the others have no meaning in a compiled graph."""
+    if options.partition is not None:
+        raise BadOption(
+            "a region with partition= cannot be traced into a compiled graph",
+            why="torch's operator keeps every input whole",
+            fix="call the region outside torch.compile, or leave partition out",
+        )
+    known: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": options.preserve_rng_state}
+    if options.context_fn is not None:
+        known["context_fn"] = options.context_fn
+    return known
 
 
 def record(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Any:
@@ -72,7 +92,7 @@ def record(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Opti
     if dynamo_callback() is not None:
         # Called from a compiled caller after a graph break: the record and its replays must both run eagerly.
         return call_without_dynamo(_record, fn, args, kwargs, options)
-    if sessions.opened and (session := sessions.current()) is not None:
+    if open_sessions and (session := current_session()) is not None:
         return session.call(_record, fn, args, kwargs, options)
     return _record(fn, args, kwargs, options)
 
@@ -119,8 +139,8 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
     r.lock = _RLock()
     r.context = copy_context()
     r.ambient = ambient.snapshot()
-    if sessions.opened:
-        sessions.enroll(r)
+    if open_sessions and (session := current_session()) is not None:
+        session.enroll(r)
     backends = live()
     if backends:
         _stash_devices(r, fn, args, kwargs, backends, generators)
@@ -137,7 +157,7 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
         _enter_forward_context(r)
     try:
         if r.traced is None:
-            push_saved_tensors_hooks(_packer(r), r.unpack if strict else r.unpack_as_torch)
+            push_saved_tensors_hooks(packer(r), MethodType(unpack if strict else unpack_as_torch, r))
         else:
             push_saved_tensors_hooks(stays, stays)
     except BaseException:  # under torch.func there are no hooks
@@ -147,7 +167,7 @@ def open_region(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options:
     here.frame = r
     r.pauses_script = script_optimizes()
     if r.pauses_script:
-        set_script_optimizes(False)  # see Note [TorchScript] in scripted.py
+        set_script_optimizes(False)  # see Note [TorchScript] in determinism.py
     return r
 
 
@@ -201,41 +221,6 @@ def observe(seen: Callable[[Region, Any], None] | None) -> None:
     """Call ``seen(region, its call)`` whenever a region is opened, on the thread that opens it; None ends that."""
     global _observer
     _observer = seen
-
-
-def _packer(r: Region) -> Any:
-    check = r.options.determinism_check
-    add = r.refs.append
-    if check == "default":
-
-        def pack(x: torch.Tensor) -> Slot:
-            slot = Slot()
-            slot.value = None
-            slot.meta = (x.shape, x.dtype, x.device, x._version)
-            add(_ref(slot))
-            return slot
-
-    elif check == "none":
-
-        def pack(x: torch.Tensor) -> Slot:
-            slot = Slot()
-            slot.value = None
-            slot.meta = (None, None, None, x._version)
-            add(_ref(slot))
-            return slot
-
-    else:
-        verifier = r.verifier = Verifier(check)
-
-        def pack(x: torch.Tensor) -> Slot:
-            slot = Slot()
-            slot.value = None
-            slot.meta = (x.shape, x.dtype, x.device, x._version)
-            add(_ref(slot))
-            verifier.saw(x)
-            return slot
-
-    return pack
 
 
 def _stash_devices(
@@ -300,8 +285,8 @@ def close_region(r: Region, out: Any, call: tuple[Any, ...] | None = None) -> No
         r.buffers = r.buffers.changes(describe(r.fn, r.options))
     if r.verifier is not None:
         r.verifier.seal(r.buffers)
-    if not r.refs and type(out) in misuse.LAZY and r.options.strict:
-        raise misuse.lazy(describe(r.fn, r.options), out)
+    if not r.refs and type(out) in diagnose.LAZY and r.options.strict:
+        raise diagnose.lazy(describe(r.fn, r.options), out)
     if r.tie is not None:
         r.tie.refuse_loop(r.draws, out)
         r.tie.attach(out)
@@ -323,8 +308,6 @@ def abort_region(r: Region, error: BaseException) -> None:
 
 
 def _count_scripted(r: Region, out: Any, call: tuple[Any, ...]) -> None:
-    from distckpt.engine.scripted import optimised_graphs
-
     # What the call holds, not what the region owns of it: to unpack that would run hooks and an outer region's replay.
     captured = closure.held_tensors(r.captured) if r.captured is not None else []
     r.scripted = optimised_graphs(out, tensors((*call, captured)))
@@ -378,15 +361,11 @@ def _enter_forward_context(r: Region) -> None:
     debug = r.options.debug if debug is None else debug
     make = r.options.context_fn
     if debug:
-        from distckpt.engine.diagnose import Log
-
         if make is not None and not r.options.strict:
             raise ValueError("debug=True is incompatible with non-default context_fn")
-        r.log = Log()
+        r.log = diagnose.Log()
     if make is None and not debug:
         return
-    from distckpt.engine.contexts import Contexts
-
     r.replay_context = Contexts(make, r)
     r.replay_context.enter_forward(r)
 
@@ -400,4 +379,5 @@ def _leave_forward_context(r: Region, error: BaseException | None) -> None:
         raise (SuppressedException(message) if r.options.strict else RuntimeError(message)) from error
 
 
+skip_frame(run)
 skip_frame(record)

@@ -21,15 +21,15 @@ from distckpt._torch import (
     push_saved_tensors_hooks,
     reentrant_backward_allowed,
 )
-from distckpt.engine.barrier import Tie
-from distckpt.engine.events import failed
+from distckpt.engine.compiler import Tie
+from distckpt.engine.determinism import Mismatch
+from distckpt.engine.hooks import stays
 from distckpt.engine.inputs import tensors
-from distckpt.engine.options import Options
 from distckpt.engine.record import abort_region, close_region, open_region
-from distckpt.engine.region import Region
-from distckpt.engine.replay import replay, stays
-from distckpt.engine.state import here
-from distckpt.engine.turns import waiting_for
+from distckpt.engine.region import Options, Region, here
+from distckpt.engine.replay import Call, replay
+from distckpt.engine.stats import failed
+from distckpt.engine.streams import waiting_for
 from distckpt.errors import BadOption, ScannedRegion
 
 
@@ -138,13 +138,11 @@ def _forward(fn: Any, args: tuple[Any, ...], options: Options) -> tuple[Region, 
 def _recompute(region: Region, inputs: tuple[Any, ...]) -> Any:
     outputs: list[Any] = []
 
-    def run(
-        r: Region, fn: Any, args: list[Any], kwargs: dict[str, Any], generators: Any, mismatch: Any
-    ) -> bool:
+    def run(r: Region, call: Call, generators: Any, mismatch: Mismatch) -> bool:
         here.replaying += 1
         try:
             with torch.enable_grad():
-                outputs.append(r.context.copy().run(fn, *inputs))
+                outputs.append(r.context.copy().run(call[0], *inputs))
         finally:
             here.replaying -= 1
         return False

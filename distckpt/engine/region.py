@@ -1,49 +1,195 @@
-"""Region: one checkpointed call, from its record to its last replay.
+"""Region: one checkpointed call, from its record to its last replay, and everything that belongs to it. Data only.
 
-The region is held by the graph of its own outputs (through :meth:`Region.unpack`) and by nothing else, so it dies
-with that graph. It owns what a replay needs: inputs, RNG stash, ambient state, context, buffers, pins.
+Note [Glossary]
+    *Region*: one checkpointed call. The graph of its own outputs holds it (through the unpack hook of its slots) and
+    nothing else does, so it dies with that graph. *Record*: its forward. *Replay*: its recomputation.
+
+    Every tensor that a region has to do with is one of these:
+
+    - *Input*: what the call names, positional, keyword, in containers, in a partial, or by name from outside. The
+      region owns it as a saved tensor of autograd (or a :class:`Packed` of such) and frees it when it dies. A parameter
+      is an input that stays where it is: the region holds a reference.
+    - *Slot*: the place of one value that autograd would have saved. Autograd owns the slot, the region knows it weakly.
+    - *Replayed value*: what a replay puts into a slot. It lives from the replay to its use; in a session to the
+      session's release.
+    - *Saved output*: what a selective policy keeps of the record. The region owns it until nothing can ask for it.
+    - *Pinned value*: what ``dc.pin`` was given. Every region around owns it, and each replay is handed it.
+    - *Buffer copy*: the value of a module's buffer that the record found. The region owns it; a replay starts from it.
+
+    A *session* is a set of regions whose consumers share one replay. A *stash* is what random generators were at when
+    the record began. A *turn* is one replay's right to move a generator. A *frame* is a record or a replay under way on
+    a thread.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import threading
 import weakref
-from contextvars import Context
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from contextvars import Context, ContextVar
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
 import torch
 from torch.nn import Parameter
 
-from distckpt._torch import (
-    call_without_dynamo,
-    dynamo_callback,
-    graph_task_id,
-    opaque_to_dynamo,
-    queue_callback,
-)
-from distckpt.engine import ambient, rng, sessions
-from distckpt.engine.barrier import Tie
-from distckpt.engine.buffers import Holders
-from distckpt.engine.closure import Captured, Names
-from distckpt.engine.doubt import Doubtful, settle
-from distckpt.engine.events import failed
-from distckpt.engine.mismatch import mutated
-from distckpt.engine.modes import other_way
-from distckpt.engine.options import Options
-from distckpt.engine.parameters import ModuleState, Outdated
-from distckpt.engine.replay import last_living, replay
-from distckpt.engine.slot import Slot
-from distckpt.engine.traced import Traced
-from distckpt.engine.turns import owners as turns
-from distckpt.engine.turns import waiting_for
-from distckpt.engine.verify import Verifier
-from distckpt.errors import BatchedReplay
+from distckpt._torch import tls_get
+from distckpt.errors import BadOption, ParameterRead
 
-_ref = weakref.ref
+if TYPE_CHECKING:
+    from distckpt.engine.ambient import Ambient
+    from distckpt.engine.buffers import Holders
+    from distckpt.engine.closure import Captured, Names
+    from distckpt.engine.compiler import Tie, Traced
+    from distckpt.engine.determinism import Verifier
+    from distckpt.engine.parameters import ModuleState, Stale
+    from distckpt.engine.rng import Draw, Stash
+    from distckpt.engine.sessions import Session
+
+
+class Partition(Protocol):
+    """Keeps a region's inputs in another form than whole tensors (``ranks.partition``: 1/t of each on this rank)."""
+
+    def own(
+        self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, list[Any], dict[str, Any] | None]:
+        """Function, arguments and keywords as a region holds them: see :func:`distckpt.engine.inputs.own`."""
+        ...
+
+
+ContextFn = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
+
+DeterminismCheck = Literal["none", "default", "fingerprint", "bitwise"]
+CHECKS: tuple[DeterminismCheck, ...] = ("none", "default", "fingerprint", "bitwise")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Options:
+    """Options of a region. ``strict`` is the ``dc.*`` surface; without it the region behaves as torch's does.
+
+    A strict region owns every tensor of its call and not only the positional ones, serves a saved tensor
+    twice in one backward, changes buffers once, and raises where torch would be silently wrong.
+    """
+
+    preserve_rng_state: bool = True
+    context_fn: ContextFn | None = None
+    determinism_check: str | Callable[[Any], Any] = "default"
+    debug: bool = False
+    early_stop: bool = True
+    respect_saved_tensors_hooks: bool | None = None
+    name: str | None = None
+    strict: bool = True
+    partition: Partition | None = None
+
+    def __post_init__(self) -> None:
+        if self.determinism_check not in CHECKS and not callable(self.determinism_check):
+            raise BadOption(
+                f"determinism_check should be one of {list(CHECKS)}, but got {self.determinism_check!r}",
+                fix='"default" compares shape, dtype and device; "fingerprint" and "bitwise" compare values',
+            )
+        if self.partition is not None and not callable(getattr(self.partition, "own", None)):
+            raise BadOption(
+                f"partition is what coord.partition(group) returns, not a {type(self.partition).__name__}",
+                fix="make one per process group, p = coord.partition(group), and pass partition=p",
+            )
+
+
+DEFAULT = Options()
+
+
+"""The two switches that override a region's own options, per context rather than per process."""
+early_stop_switch: ContextVar[bool | None] = ContextVar("distckpt.early_stop", default=None)
+debug_switch: ContextVar[bool | None] = ContextVar("distckpt.debug", default=None)
+
+
+@contextlib.contextmanager
+def _switched(switch: ContextVar[bool | None], value: bool | None) -> Iterator[None]:
+    token = switch.set(value)
+    try:
+        yield
+    finally:
+        switch.reset(token)
+
+
+def set_checkpoint_early_stop(enable: bool) -> contextlib.AbstractContextManager[None]:
+    """Decide for every region recorded in this context whether its replay may stop early.
+
+    Needed around the forward only. Overrides ``early_stop=`` of each region; replays that happen later,
+    also on another thread, see the value that the region was recorded under.
+    """
+    return _switched(early_stop_switch, enable)
+
+
+def set_checkpoint_debug_enabled(enabled: bool | None) -> contextlib.AbstractContextManager[None]:
+    """Decide for every region recorded in this context whether it logs its operators.
+
+    Overrides ``debug=`` of each region; ``None`` gives the decision back to them.
+    """
+    return _switched(debug_switch, enabled)
+
+
+class Slot:
+    """What the graph of a region holds instead of a tensor.
+
+    Autograd owns the slot; the region only knows it weakly. So a slot that is gone means that its part
+    of the graph was freed, and a replay need not fill it. ``value`` is None except between a replay and
+    the value's last use. ``meta`` is what was saved in the forward: (shape, dtype, device, version); the
+    first three are None when nobody wants them checked. There is no ``__init__``: a call of one would
+    cost more than the slot; whoever makes a slot sets both.
+    """
+
+    __slots__ = ("__weakref__", "meta", "value")
+
+    meta: Any
+    value: Any
+
+
+class Doubtful:
+    """A value whose operator may not have filled it. Its version equals no tensor's, so that no check lets it pass."""
+
+    __slots__ = ("value",)
+    _version = -1
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Outdated:
+    """A value computed from a changed parameter. Its version equals no tensor's, so that no check lets it pass."""
+
+    __slots__ = ("names", "value")
+    _version = -1
+
+    def __init__(self, value: torch.Tensor, names: str) -> None:
+        self.value = value
+        self.names = names
+
+    def error(self, where: str) -> ParameterRead:
+        """The error for a gradient that asks for it."""
+        return ParameterRead(
+            "a value that a gradient needs was computed from a parameter that has changed since the forward",
+            where=where,
+            why=f"the replay computed it from {self.names}, in which an optimizer's step, a load of weights or .data = "
+            "has put other numbers",
+            fix="change parameters after backward, or run the forward again",
+        )
+
+
+class Packed:
+    """A container whose tensors are owned: ``rebuild`` makes an equal one from the unpacked parts."""
+
+    __slots__ = ("parts", "rebuild")
+
+    def __init__(self, parts: list[Any], rebuild: Callable[[list[Any]], Any]) -> None:
+        self.parts = parts
+        self.rebuild = rebuild
 
 
 class Region:
-    """One checkpointed call. Made, recorded and closed in ``record.py``."""
+    """One checkpointed call. Made in ``record.py``, replayed in ``replay.py``, asked for its values in ``hooks.py``."""
 
     # Most regions need few of these; a class default costs nothing per call.
     fn: Any
@@ -58,7 +204,7 @@ class Region:
     refs: list[weakref.ref[Slot]]
     lock: Any
     context: Context
-    ambient: ambient.Ambient
+    ambient: Ambient
     early_stop: bool
     outer: Any = None
     closed = False
@@ -67,15 +213,15 @@ class Region:
     parameters: ModuleState | None = None  # after it: what those were
     buffers: Any = None
     rng_before: Any = None  # the CPU state, until the record ends
-    stash: rng.Stash | None = None  # other streams, until the record ends
-    draws: list[rng.Draw] | None = None  # after it: what the forward drew
+    stash: Stash | None = None  # other streams, until the record ends
+    draws: list[Draw] | None = None  # after it: what the forward drew
     idle_cpu: Any = (
         None  # the CPU state, when it is where it was: perhaps drawn from, and put back by the function
     )
-    idle: list[rng.Draw] | None = None  # other streams that are where they were
+    idle: list[Draw] | None = None  # other streams that are where they were
     pins: list[Any] | None = None
     kept: Any = None  # what selective contexts keep for it
-    session: sessions.Session | None = None
+    session: Session | None = None
     inner = False  # in a session: whether the record lies in that of another region
     backward: Any = None  # the graph task or session of the last replay
     replay_context: Any = None
@@ -90,84 +236,6 @@ class Region:
     # under the user's hooks: what the inputs were at the record and before the last replay; autograd checks no versions
     marks: Any = None
 
-    @opaque_to_dynamo
-    def unpack(self, slot: Slot) -> Any:
-        """The value autograd asks for; replays the region when the slot is empty. Drops it at its last use."""
-        value = slot.value
-        if value is None:
-            # With compiled autograd this may run below a graph break; a replay is eager, as its record was.
-            eager = dynamo_callback() is None
-            value = self._replay_for(slot) if eager else call_without_dynamo(self._replay_for, slot)
-        elif self.session is None:
-            slot.value = None
-        else:
-            self.session.asked(slot)
-        if value._version != slot.meta[3]:
-            value = self._look_again(slot, value)
-        return value
-
-    def _look_again(self, slot: Slot, value: Any) -> Any:
-        if type(value) is Doubtful:
-            value = settle(self, slot, value)
-        if not isinstance(value, Outdated) and value._version != slot.meta[3] and self.options.strict:
-            value = other_way(self, slot)
-        if isinstance(value, Outdated):
-            outdated = value.error(describe(self.fn, self.options))
-            failed(self, outdated)
-            raise outdated
-        if value._version != slot.meta[3]:
-            error = mutated(self, value, slot.meta)
-            failed(self, error)
-            raise error
-        return value
-
-    @opaque_to_dynamo
-    def unpack_as_torch(self, slot: Slot) -> Any:
-        """Torch's rule: within one backward a saved tensor is unpacked once, and each backward has its own values.
-
-        When another backward left the value here (one runs inside the other), the first may have to replay again.
-        """
-        if slot.value is not None and type(self.backward) is int and graph_task_id() != self.backward:
-            self.backward = None
-        return self.unpack(slot)
-
-    def _replay_for(self, slot: Slot) -> Any:
-        with self.lock if not turns else waiting_for(self.lock):
-            value = slot.value  # another device thread may have replayed while this one waited
-            while value is None:  # or have taken the value right after this one replayed
-                self.replay()
-                value = slot.value
-            if self.session is None:
-                slot.value = None
-                if graph_task_id() == -1 and not isinstance(self.backward, sessions.Session):
-                    self.clear()  # no backward will use, or end and release, the other values
-            else:
-                self.session.asked(slot)
-        return value
-
-    def replay(self) -> None:
-        """Fill every living slot. Called under ``lock``."""
-        task = graph_task_id()
-        current = sessions.current() if sessions.opened else None
-        if current is not None:
-            current.admit(self, task)
-        elif not self.options.strict:
-            sessions.refuse_second_unpack(self, task)
-        try:
-            replay(self)
-        except Exception as error:
-            if type(error) is RuntimeError and "vmap" in str(error) and self.options.strict:
-                batched = _batched(self, error)
-                failed(self, batched)
-                raise batched from error
-            failed(self, error)
-            raise
-        self.backward = task if current is None else current
-        if self.session is not None:
-            self.session.replayed(self)
-        elif current is None and task != -1 and len(self.refs) > 1:  # a single value is taken at once
-            queue_callback(partial(_end_of_backward, _ref(self)))
-
     def reach(self) -> int:
         """A replay that stops early reaches no operator that ran after this many saves of the record."""
         living = last_living(self.refs) if self.options.strict else len(self.refs)
@@ -177,18 +245,6 @@ class Region:
         """The slots that autograd still holds."""
         return [slot for slot in (ref() for ref in self.refs) if slot is not None]
 
-    def fill(self) -> bool:
-        """Replay now if a living slot is empty; whether it did. Without a session a value lasts until its first use.
-
-        Raises:
-            CheckpointError: the replay does not match the forward.
-        """
-        with self.lock if not turns else waiting_for(self.lock):
-            empty = any(slot.value is None for slot in self.living())
-            if empty:
-                self.replay()
-        return empty
-
     def clear(self) -> None:
         """Drop recomputed values that nobody asked for."""
         for ref in self.refs:
@@ -197,20 +253,95 @@ class Region:
                 slot.value = None
 
 
-def _end_of_backward(ref: weakref.ref[Region]) -> None:
-    # After a whole backward the graph is gone and the region with it; after a partial one it is still here.
-    region = ref()
-    if region is not None and region.session is None:
-        region.clear()
+def last_living(refs: list[weakref.ref[Slot]]) -> int:
+    """How many saves there were up to the last one whose slot still lives."""
+    n = len(refs)
+    while n and refs[n - 1]() is None:
+        n -= 1
+    return n
 
 
-def _batched(region: Region, error: Exception) -> BatchedReplay:
-    return BatchedReplay(
-        "vmap does not go through the replay of a region",
-        where=describe(region.fn, region.options),
-        why=str(error).split(". ")[0],
-        fix="take single gradients instead of batched ones, and call the function plainly inside of vmap",
-    )
+class Frame:
+    """One replay under way on this thread; ``pins`` counts the pinned values it has handed out.
+
+    ``refused`` is the error that ends it, see :func:`refuse`; ``stale`` the parameters that it finds changed.
+    """
+
+    __slots__ = ("outer", "pins", "refused", "region", "stale")
+
+    def __init__(self, region: Region, outer: Any) -> None:
+        self.region = region
+        self.outer = outer
+        self.pins = 0
+        self.refused: Exception | None = None
+        self.stale: Stale | None = None
+
+
+class _Thread(threading.local):
+    frame: Frame | Region | None = None  # innermost; a Region is a record, a Frame is a replay
+    replaying: int = 0
+    last_cpu_state: Any = None  # an rng.CpuState: what the last region found or left
+    settling: Region | None = None  # it is replayed a second time, as the engine itself needs it
+    entering: Region | None = None  # the user's contexts around its record or its replay are being entered
+
+
+here = _Thread()
+
+
+def region_here() -> Region | None:
+    """The innermost region that this thread records or replays, or None."""
+    frame = here.frame
+    return frame.region if isinstance(frame, Frame) else frame
+
+
+SESSION = "distckpt.session"  # autograd copies the torch thread state to its device threads: the session travels in it
+
+open_sessions: list[Session] = []
+"""One for each ``with`` block that is open in this process: a hint that saves a look-up in the thread's state."""
+
+
+def current_session() -> Session | None:
+    """The session of this thread, or of the backward call that this device thread works for."""
+    return tls_get(SESSION) if open_sessions else None
+
+
+class Refusal(BaseException):
+    """Ends a replay on its way to :func:`refuse`'s error; an ``except Exception`` of the user's lets it pass."""
+
+
+def refuse(region: Region, error: Exception) -> NoReturn:
+    """End the replay of ``region`` on this thread with ``error``, whatever its function catches.
+
+    The function would go on with something else than the forward did.
+    """
+    frame = here.frame
+    while frame is not None and not (type(frame) is Frame and frame.region is region):
+        frame = frame.outer
+    if type(frame) is not Frame:
+        raise error
+    frame.refused = frame.refused or error
+    raise Refusal
+
+
+def is_recomputing() -> bool:
+    """True while this thread replays a region, False in every first forward.
+
+    For metrics, counters and logging that must happen once per step::
+
+        if not dc.is_recomputing():
+            self.tokens_seen += x.numel()
+    """
+    return here.replaying > 0
+
+
+def replaying(until: Region) -> Region | None:
+    """The region of the innermost replay on this thread, not looking beyond the record of ``until``."""
+    frame = here.frame
+    while frame is not None and frame is not until:
+        if type(frame) is Frame:
+            return frame.region
+        frame = frame.outer
+    return None
 
 
 def owner(region: Region) -> tuple[torch.nn.Module | None, bool]:
@@ -224,8 +355,6 @@ def owner(region: Region) -> tuple[torch.nn.Module | None, bool]:
 
 def describe(fn: Any, options: Options) -> str:
     """A region for people: its given name, or what it runs and where that is defined."""
-    from distckpt.engine.inputs import Packed
-
     while isinstance(fn, (partial, Packed)):
         fn = fn.func if isinstance(fn, partial) else fn.parts[0]
     code = getattr(getattr(fn, "__func__", fn), "__code__", None)

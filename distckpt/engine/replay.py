@@ -5,7 +5,8 @@ Note [Early stop]
     a ``BaseException`` so that a user's ``except Exception`` around an operator does not eat it; if a bare
     ``except`` does, every further save raises it again and a normal return is accepted, since every slot is
     full by then. When the last slots are dead it stops at the first save after the last living one, since only then
-    the operator that saved that one has certainly finished. At the very last slot see Note [Doubt] in ``doubt.py``.
+    the operator that saved that one has certainly finished. At the very last slot see Note [Unfilled values] in
+    ``hooks.py``.
     Where a generator is still on its way it runs on, see Note [Where the forward ended] in ``rng.py``.
 
 Note [What a slot is given]
@@ -19,7 +20,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -32,21 +34,24 @@ from distckpt._torch import (
     script_optimizes,
     set_grad_enabled,
     set_script_optimizes,
+    skip_inner_frames,
 )
-from distckpt.engine import ambient, closure, inputs, parameters, rng
-from distckpt.engine.doubt import doubt
-from distckpt.engine.events import counters
-from distckpt.engine.inputs import Packed, check_marks, give_back, marks
-from distckpt.engine.mismatch import Mismatch
-from distckpt.engine.state import Frame, here
-from distckpt.engine.turns import Turn
+from distckpt.engine import ambient, closure, parameters, rng
+from distckpt.engine.determinism import Mismatch
+from distckpt.engine.inputs import OWNED, check_marks, give_back, marks
+from distckpt.engine.region import Doubtful, Frame, Packed, Region, Slot, here, last_living
+from distckpt.engine.stats import counters
+from distckpt.engine.streams import Turn
 from distckpt.errors import ReplayError
-
-if TYPE_CHECKING:
-    from distckpt.engine.region import Region
 
 _Parameter = torch.nn.Parameter
 cpu_drawn_since = rng.cpu_drawn_since
+
+Call = tuple[Any, list[Any], dict[str, Any], list[torch.Tensor]]
+"""A region's call put together again: function, arguments, keywords, and the tensors that its names held."""
+
+Run = Callable[[Region, Call, Any, Mismatch], bool]
+"""Recomputes a region in its restored state; true if it stopped early with every generator where it may be left."""
 
 
 class Stop(BaseException):
@@ -78,144 +83,9 @@ def _until_the_end(rest: Any) -> Any:
     return unpack
 
 
-def stays(saved: Any) -> Any:
-    """Both hooks of a region whose saved tensors stay where they are: a traced or a reentrant one."""
-    return saved
-
-
-def is_engine_hook(pair: tuple[Any, Any]) -> bool:
-    """Whether a saved-tensor hook pair is the engine's own, from a record or a replay of any kind."""
-    return str(getattr(pair[1], "__module__", "")).startswith("distckpt.engine.")
-
-
-def last_living(refs: list[Any]) -> int:
-    """How many saves there were up to the last one whose slot still lives."""
-    n = len(refs)
-    while n and refs[n - 1]() is None:
-        n -= 1
-    return n
-
-
-def replay(r: Region, run: Any = None) -> None:
-    """Recompute ``r`` once, under the state it was recorded in (``run`` replaces what is done there).
-
-    Raises:
-        CheckpointError: the run did not match the record; the slots are left empty.
-        InputChanged: an owned input was changed in place since.
-    """
-    outer = here.frame
-    here.frame = frame = Frame(r, outer)  # already now: a user's unpack hook is no part of what runs around
-    pauses_script = r.scripted is not None and script_optimizes()
-    if pauses_script:
-        set_script_optimizes(False)  # see Note [TorchScript] in scripted.py
-    try:
-        _replay(r, run or _run)
-    except BaseException as raised:
-        if frame.refused is None:
-            raise
-        r.clear()
-        raise frame.refused.with_traceback(raised.__traceback__) from None
-    finally:
-        here.frame = outer
-        if pauses_script:
-            set_script_optimizes(True)
-    if frame.refused is not None:  # a bare `except` of the function's took it for one of its own
-        r.clear()
-        raise frame.refused
-
-
-def _replay(r: Region, run: Any) -> None:
-    memo: dict[int, Any] | None = {} if r.repeats else None
-    fn, kwargs, captured = r.fn, {}, []
-    try:
-        args = [a.unpack() if type(a) is SavedTensor and memo is None else a for a in r.args]
-    except RuntimeError:
-        if r.options.strict:
-            give_back(r.args, "args")  # raises it again, naming the argument
-        raise
-    if r.plain is not None:
-        if not closure.same(fn, r.plain):
-            r.captured = closure.captured_plainly(fn, r.plain)
-    else:
-        for i, a in enumerate(args):
-            if type(a) in inputs.OWNED:
-                args[i] = give_back(a, f"args[{i}]", memo)
-        if r.kwargs is not None:
-            kwargs = give_back(r.kwargs, "kwargs", memo)
-        if type(fn) is Packed:
-            fn = give_back(fn, "function", memo)
-    if r.captured is not None:
-        captured, renewed = closure.recall(r.captured, memo)
-        if renewed is not None:
-            fn, args, kwargs = renewed.call(fn), [renewed.value(a) for a in args], renewed.value(kwargs)
-    if r.marks is not None:
-        owned = (fn, args, kwargs, captured) if r.options.strict else args
-        for then in r.marks:
-            check_marks(then, owned)
-        # A function may write into what a hook hands out, and the next replay is handed the same.
-        r.marks = (r.marks[0], marks(owned))
-    stale = None if r.parameters is None or r.parameters.same() else r.parameters.look()
-    counters.replays += 1
-    if r.tie is not None:
-        fn, args, kwargs = r.tie.bind(fn, args, kwargs)
-    mismatch = Mismatch(r, (fn, args, kwargs, captured))
-    if stale is not None:
-        mismatch.restored = stale.restored
-    now = ambient.snapshot()
-    draws = r.draws if r.closed else rng.so_far(r.rng_before, r.stash)
-    generators: Any = r.idle_cpu
-    rewound = (
-        draws or r.idle is not None or (generators is not None and cpu_drawn_since(generators.fingerprint))
-    )
-    if now == r.ambient and r.replay_context is None and r.buffers is None and stale is None:
-        stopped: Any = False
-        if rewound:
-            generators = rng.Rewound(draws, generators, r.idle)
-        try:
-            stopped = run(r, fn, args, kwargs, generators, mismatch)
-        finally:
-            if generators is not None and (rewound or not stopped):
-                generators.give_back()
-            # a function that sets a state and puts it back at its end has not got there
-            if ambient.snapshot() != now:
-                ambient.put_back(now)
-    else:
-        with contextlib.ExitStack() as stack:
-            shared = () if r.buffers is None else r.buffers.places()
-            if stale is not None and stale.back:
-                shared = (*shared, parameters.MODULES)
-            if shared:
-                # with all that it moves at once: two replays must not wait for each other
-                stack.callback(Turn((*shared, *(draw.stream.name for draw in draws or ()))).end)
-            if rewound:
-                generators = rng.Rewound(draws, generators, r.idle)
-            if generators is not None:
-                stack.callback(generators.give_back)
-            if stale is not None:
-                stack.enter_context(stale.around(r))
-            if r.buffers is not None:
-                stack.enter_context(r.buffers.rewound())
-            if now != r.ambient:
-                stack.enter_context(ambient.entered(r.ambient, now))
-            else:
-                stack.callback(ambient.put_back, now)
-            if r.replay_context is not None:
-                stack.enter_context(r.replay_context.replaying(r))
-            run(r, fn, args, kwargs, generators, mismatch)
-    if mismatch.found:
-        r.clear()
-        mismatch.report()
-
-
-def _run(
-    r: Region,
-    fn: Any,
-    args: list[Any],
-    kwargs: dict[str, Any],
-    generators: Any,
-    mismatch: Mismatch,
-) -> bool:
+def _recompute(r: Region, call: Call, generators: Any, mismatch: Mismatch) -> bool:
     """Fill the slots of ``r``. Whether it stopped early, with every generator where it may be left."""
+    fn, args, kwargs, _ = call
     refs, closed = r.refs, r.closed
     # An unfinished record (a gradient is taken inside it) is never replayed past where it stands: what comes next would
     # happen twice. A value check wants every operator finished.
@@ -295,7 +165,7 @@ def _run(
         mismatch.fewer(reached)
     if suspects:
         if stopped:
-            doubt(suspects, refs[-2:])
+            _doubt(suspects, refs[-2:])
         suspects.clear()  # the recomputed graph holds `pack`, and with it this list
     if closed and generators is not None and not early_end and r.options.strict and not mismatch.found:
         mismatch.drew(generators.astray())
@@ -304,3 +174,131 @@ def _run(
     if r.verifier is not None and not stopped:
         r.verifier.compare(refs, r.buffers, mismatch)
     return early_end
+
+
+def _doubt(suspects: list[Slot], last: list[weakref.ref[Slot]]) -> None:
+    """Of the suspects (no parameters, nothing that requires grad) mark those that were among the last saves."""
+    for ref in last:
+        slot = ref()
+        if slot is not None and slot.value is not None and any(slot is s for s in suspects[-2:]):
+            slot.value = Doubtful(slot.value)
+
+
+def replay(r: Region, run: Run = _recompute) -> None:
+    """Recompute ``r`` once, under the state it was recorded in (``run`` replaces what is done there).
+
+    Raises:
+        CheckpointError: the run did not match the record; the slots are left empty.
+        InputChanged: an owned input was changed in place since.
+    """
+    outer = here.frame
+    here.frame = frame = Frame(r, outer)  # already now: a user's unpack hook is no part of what runs around
+    pauses_script = r.scripted is not None and script_optimizes()
+    if pauses_script:
+        set_script_optimizes(False)  # see Note [TorchScript] in determinism.py
+    try:
+        call = _put_together(r)
+        stale = None if r.parameters is None or r.parameters.same() else r.parameters.look()
+        counters.replays += 1
+        mismatch = Mismatch(r, call)
+        now = ambient.snapshot()
+        draws = r.draws if r.closed else rng.so_far(r.rng_before, r.stash)
+        idle = r.idle_cpu
+        rewound = draws or r.idle is not None or (idle is not None and cpu_drawn_since(idle.fingerprint))
+        if now == r.ambient and r.buffers is None and stale is None:
+            generators: Any = rng.Rewound(draws, idle, r.idle) if rewound else idle
+            stopped = False
+            try:
+                if r.replay_context is None:
+                    stopped = run(r, call, generators, mismatch)
+                else:
+                    with r.replay_context.replaying(r):
+                        stopped = run(r, call, generators, mismatch)
+            finally:
+                if generators is not None and (rewound or not stopped):
+                    generators.give_back()
+                # a function that sets a state and puts it back at its end has not got there
+                if ambient.snapshot() != now:
+                    ambient.put_back(now)
+        else:
+            if stale is not None:
+                mismatch.restored = stale.restored
+            with contextlib.ExitStack() as stack:
+                shared = _shared(r, stale)
+                if shared:
+                    # with all that it moves at once: two replays must not wait for each other
+                    stack.callback(Turn((*shared, *(draw.stream.name for draw in draws or ()))).end)
+                generators = rng.Rewound(draws, idle, r.idle) if rewound else idle
+                if generators is not None:
+                    stack.callback(generators.give_back)
+                if stale is not None:
+                    stack.enter_context(stale.around(r))
+                if r.buffers is not None:
+                    stack.enter_context(r.buffers.rewound())
+                if now != r.ambient:
+                    stack.enter_context(ambient.entered(r.ambient, now))
+                else:
+                    stack.callback(ambient.put_back, now)
+                if r.replay_context is not None:
+                    stack.enter_context(r.replay_context.replaying(r))
+                run(r, call, generators, mismatch)
+        if mismatch.found:
+            r.clear()
+            mismatch.report(replay)
+    except BaseException as raised:
+        if frame.refused is None:
+            raise
+        r.clear()
+        raise frame.refused.with_traceback(raised.__traceback__) from None
+    finally:
+        here.frame = outer
+        if pauses_script:
+            set_script_optimizes(True)
+    if frame.refused is not None:  # a bare `except` of the function's took it for one of its own
+        r.clear()
+        raise frame.refused
+
+
+def _put_together(r: Region) -> Call:
+    """The call of ``r`` with its inputs unpacked."""
+    memo: dict[int, Any] | None = {} if r.repeats else None
+    fn, kwargs, captured = r.fn, {}, []
+    try:
+        args = [a.unpack() if type(a) is SavedTensor and memo is None else a for a in r.args]
+    except RuntimeError:
+        if r.options.strict:
+            give_back(r.args, "args")  # raises it again, naming the argument
+        raise
+    if r.plain is not None:
+        if not closure.same(fn, r.plain):
+            r.captured = closure.captured_plainly(fn, r.plain)
+    else:
+        for i, a in enumerate(args):
+            if type(a) in OWNED:
+                args[i] = give_back(a, f"args[{i}]", memo)
+        if r.kwargs is not None:
+            kwargs = give_back(r.kwargs, "kwargs", memo)
+        if type(fn) is Packed:
+            fn = give_back(fn, "function", memo)
+    if r.captured is not None:
+        captured, renewed = closure.recall(r.captured, memo)
+        if renewed is not None:
+            fn, args, kwargs = renewed.call(fn), [renewed.value(a) for a in args], renewed.value(kwargs)
+    if r.marks is not None:
+        owned = (fn, args, kwargs, captured) if r.options.strict else args
+        for then in r.marks:
+            check_marks(then, owned)
+        # A function may write into what a hook hands out, and the next replay is handed the same.
+        r.marks = (r.marks[0], marks(owned))
+    if r.tie is not None:
+        fn, args, kwargs = r.tie.bind(fn, args, kwargs)
+    return fn, args, kwargs, captured
+
+
+def _shared(r: Region, stale: parameters.Stale | None) -> tuple[str, ...]:
+    """What of the whole process, besides generators, the replay exchanges: the names of its turns."""
+    shared = () if r.buffers is None else r.buffers.places()
+    return (*shared, parameters.MODULES) if stale is not None and stale.back else shared
+
+
+skip_inner_frames(_recompute)

@@ -18,32 +18,12 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from distckpt._torch import tls_get, tls_set
-from distckpt.engine.state import here
-from distckpt.errors import CheckpointError, SessionError
-
-if TYPE_CHECKING:
-    from distckpt.engine.region import Region
-    from distckpt.engine.slot import Slot
-
-_KEY = "distckpt.session"
-
-opened = 0
-"""How many `with` blocks are open in this process: only a hint that saves the look-up in the thread's state."""
-
-
-def current() -> Session | None:
-    """The session of this thread, or of the backward call that this device thread works for."""
-    return tls_get(_KEY)
-
-
-def enroll(region: Region) -> None:
-    """A region is recorded: the current session owns its replay."""
-    found = current()
-    if found is not None:
-        found.enroll(region)
+from distckpt._torch import tls_set
+from distckpt.engine.hooks import fill, refuse_second_unpack
+from distckpt.engine.region import SESSION, Region, Slot, current_session, here, open_sessions
+from distckpt.errors import SessionError
 
 
 class Session(contextlib.AbstractContextManager["Session"]):
@@ -55,18 +35,16 @@ class Session(contextlib.AbstractContextManager["Session"]):
         self._released = False
 
     def __enter__(self) -> Session:
-        global opened
         if self._released:
             raise SessionError("this session was released", fix="open a new one with dc.session()")
-        self._outer.append(current())
-        tls_set(_KEY, self)
-        opened += 1
+        self._outer.append(current_session())
+        tls_set(SESSION, self)
+        open_sessions.append(self)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        global opened
-        opened -= 1
-        tls_set(_KEY, self._outer.pop())
+        open_sessions.remove(self)
+        tls_set(SESSION, self._outer.pop())
 
     def call(self, record: Any, fn: Any, args: Any, kwargs: Any, options: Any) -> Any:
         """A region's call inside the block; ``record(fn, args, kwargs, options)`` makes it a region."""
@@ -104,7 +82,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
         for ref in list(self._regions):
             region = ref()
             if region is not None and region.session is self:
-                count += region.fill()
+                count += fill(region)
         return count
 
     def release(self) -> None:
@@ -131,7 +109,7 @@ class GraphExecGroup(Session):
     """
 
     def __enter__(self) -> GraphExecGroup:
-        inside = current()
+        inside = current_session()
         if isinstance(inside, GraphExecGroup):
             raise RuntimeError(f"GraphExecGroup contexts cannot be nested. Already inside group {inside}")
         super().__enter__()
@@ -148,7 +126,7 @@ class GraphExecGroup(Session):
     @classmethod
     def _get_current_group(cls) -> GraphExecGroup | None:
         """The group in force; torch's own engine asks by this name."""
-        found = current()
+        found = current_session()
         return found if isinstance(found, GraphExecGroup) else None
 
     def enroll(self, region: Region) -> None:
@@ -156,24 +134,11 @@ class GraphExecGroup(Session):
 
     def admit(self, region: Region, task: int) -> None:
         if region.backward is self:
-            _refuse(
+            refuse_second_unpack(
                 "Performing two backward calls that overlap (i.e. require the same saved activation in order to "
                 "compute gradients) is not allowed while under the torch.utils.checkpoint.GraphExecGroup context. "
             )
         self._regions.append(weakref.ref(region))
-
-
-def refuse_second_unpack(region: Region, task: int) -> None:
-    """Torch's rule: within one backward a saved tensor is unpacked once."""
-    if task != -1 and region.backward == task and not here.settling:
-        _refuse("")
-
-
-def _refuse(extra: str) -> Any:
-    raise CheckpointError(
-        f"torch.utils.checkpoint: Unpack is being triggered for a tensor that was already unpacked once. {extra}"
-        "If you are calling ctx.saved_tensors in backward, make sure to do so only once."
-    )
 
 
 def session() -> Session:

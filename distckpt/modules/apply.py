@@ -14,8 +14,8 @@ import torch
 
 from distckpt import _torch
 from distckpt.engine.api import make_options
-from distckpt.engine.misuse import unknown_option
-from distckpt.engine.options import ContextFn, DeterminismCheck, Options, Partition
+from distckpt.engine.diagnose import unknown_option
+from distckpt.engine.region import ContextFn, DeterminismCheck, Options, Partition
 from distckpt.errors import AlreadyRegion, BadChoice, BadOption, NeverCalled, NoMatch, NotAModel, UnknownModel
 from distckpt.modules.module_region import ModuleRegion, region_of
 

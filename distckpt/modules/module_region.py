@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from distckpt._torch import skip_frame
-from distckpt.engine.call import run
-from distckpt.engine.options import Options
+from distckpt.engine.record import run
+from distckpt.engine.region import Options
 from distckpt.errors import AlreadyRegion, ModuleGone, Rebound
 
 _OPERATOR_NAMES = frozenset({"function", *(field.name for field in fields(Options)), "use_reentrant"})

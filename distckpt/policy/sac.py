@@ -61,9 +61,8 @@ from distckpt._torch import (
     without_dispatch_modes,
 )
 from distckpt.engine import rng
-from distckpt.engine.region import Region, describe
-from distckpt.engine.replay import is_engine_hook
-from distckpt.engine.state import Frame, here, refuse, replaying
+from distckpt.engine.hooks import is_engine_hook
+from distckpt.engine.region import Frame, Region, describe, here, refuse, replaying
 from distckpt.errors import SavedOutputChanged, SelectiveMismatch
 from distckpt.policy.operators import (
     Operator,

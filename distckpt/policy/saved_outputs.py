@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from distckpt._torch import detach_below_autograd, dispatch_mode_is_on, without_dispatch_modes
-from distckpt.engine.held import storages
 from distckpt.engine.inputs import memory
+from distckpt.engine.stats import storages
 from distckpt.policy.operators import Operator, tensors
 
 

@@ -11,24 +11,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from distckpt.errors import BadOption
-from distckpt.ranks import exchange
-from distckpt.ranks.agreement import judge, judge_work
-from distckpt.ranks.alarm import Alarm, start
+from distckpt.ranks.consistency import Work, collect, judge, judge_work
 from distckpt.ranks.fsdp import AS_UNITS
-from distckpt.ranks.meeting import Channel, open_store
-from distckpt.ranks.regionplan import RegionPlan
-from distckpt.ranks.statement import Work, collect
-from distckpt.ranks.watch import Watch
-from distckpt.ranks.world import World, detect
+from distckpt.ranks.plan import RegionPlan
+from distckpt.ranks.store import Channel, gather, open_store
+from distckpt.ranks.watchdog import DesyncCheck, Watchdog, start
+from distckpt.ranks.world import World, detect, group_size
 
 if TYPE_CHECKING:
     from distckpt.modules.apply import Choice
     from distckpt.ranks.fsdp import Sharded
     from distckpt.ranks.fsdp_units import Units
     from distckpt.ranks.partition import Partition
-    from distckpt.ranks.pipeline.attach import Attached
-    from distckpt.ranks.stream_check import Checked
-    from distckpt.ranks.streams import Seeded
+    from distckpt.ranks.pipeline import Attached
+    from distckpt.ranks.rng_states import Checked
+    from distckpt.ranks.rng_streams import Seeded
 
 T = TypeVar("T")
 
@@ -44,7 +41,7 @@ class Coordinator:
         timeout: seconds that a check waits for the other ranks.
         world_size: the number of ranks that this job is fixed to; None takes the world as it is.
         alarm: after the first check or attach, let a replay that fails on one rank end the others too; see
-            ``ranks/alarm.py``.
+            ``ranks/watchdog.py``.
         store: a ``torch.distributed.Store`` to meet through, instead of the default process group's.
         world: what to believe instead of the launcher and the running process group.
 
@@ -102,7 +99,7 @@ class Coordinator:
         self.timeout = timeout
         self._fixed_size = world_size
         self._wants_alarm = alarm
-        self._alarm: Alarm | None = None
+        self._alarm: Watchdog | None = None
         self._store = store
         self._world = world
         self._channel: Channel | None = None
@@ -187,7 +184,7 @@ class Coordinator:
         self._start_alarm(channel)
         return own.plan
 
-    def watch(self, *, every: int = 1) -> Watch:
+    def watch(self, *, every: int = 1) -> DesyncCheck:
         """Compare the collectives inside replays over ranks: ``with coord.watch(): loss = ...; loss.backward()``.
 
         Each is compared before it goes out, so that ranks about to enter different ones get an error instead of a
@@ -206,7 +203,7 @@ class Coordinator:
             )
         channel = self._open()
         self._start_alarm(channel)
-        return Watch(channel, every=every, timeout=self.timeout)
+        return DesyncCheck(channel, every=every, timeout=self.timeout)
 
     def close(self) -> None:
         """Stop the alarm, unless another coordinator of this process uses it. Done by itself when the process ends."""
@@ -346,9 +343,9 @@ class Coordinator:
             A handle with ``remove()``.
 
         Raises:
-            BadStreams, StreamInUse: see :func:`distckpt.ranks.streams.seed_streams`.
+            BadStreams, StreamInUse: see :func:`distckpt.ranks.rng_streams.seed_streams`.
         """
-        from distckpt.ranks.streams import seed_streams
+        from distckpt.ranks.rng_streams import seed_streams
 
         return seed_streams(mesh, seed, streams=streams, aliases=aliases)
 
@@ -362,9 +359,9 @@ class Coordinator:
             StreamsDisagree: on every rank, naming ranks (DC453). RanksMissing, RankFailed: as in :meth:`check`.
             StreamInUse: on every rank, when one is inside a block (DC451).
         """
-        from distckpt.ranks.stream_check import compare, drawn
+        from distckpt.ranks.rng_states import compare, drawn
 
-        return compare(exchange.gather(self._ready("check_streams", drawn)))
+        return compare(gather(self._ready("check_streams", drawn)))
 
     def partition(
         self, group: Any, *, min_bytes: int = 65536, prefetch: bool = True, check: str = "first"
@@ -398,7 +395,7 @@ class Coordinator:
             StreamInUse: on every rank, when one is inside a block (DC451).
             RanksMissing, RankFailed: as in :meth:`check`.
         """
-        from distckpt.ranks.stream_states import own_state, together
+        from distckpt.ranks.rng_states import own_state, together
 
         return together(self._ready("state_dict", own_state))
 
@@ -414,10 +411,10 @@ class Coordinator:
         Raises:
             WrongState: it does not fit, and why (DC455). StreamInUse: inside a block of a stream (DC451).
         """
-        from distckpt.ranks.stream_states import load_state_dict
+        from distckpt.ranks.rng_states import load_state_dict
 
         load_state_dict(state, strict)
 
     def _ready(self, topic: str, work: Callable[[], T]) -> T:
         """Do ``work`` before a gather through the process group; where there is none, this rank is alone."""
-        return work() if exchange.world() == 1 else self._together(topic, work)
+        return work() if group_size() == 1 else self._together(topic, work)

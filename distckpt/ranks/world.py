@@ -1,4 +1,4 @@
-"""World: who started this process, which rank it is of how many, and whether the running group says the same."""
+"""World: who launched this process, which rank it is of how many, and whether the running group says the same."""
 
 from __future__ import annotations
 
@@ -68,12 +68,26 @@ class World:
         )
 
 
+def _started() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def group_rank() -> int:
+    """The global rank of this process in the default process group; 0 without one."""
+    return dist.get_rank() if _started() else 0
+
+
+def group_size() -> int:
+    """The number of ranks of the default process group; 1 without one."""
+    return dist.get_world_size() if _started() else 1
+
+
 def runtime() -> Runtime | None:
     """What runs now: the default process group, else a torch_xla runtime that is in use, else None.
 
     Never initialises anything. Under SPMD torch_xla's world is no world of processes, so it is not asked.
     """
-    if dist.is_available() and dist.is_initialized():
+    if _started():
         return Runtime("torch.distributed", dist.get_rank(), dist.get_world_size())
     xla: Any = sys.modules.get("torch_xla")
     xr: Any = sys.modules.get("torch_xla.runtime")

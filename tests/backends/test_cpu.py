@@ -11,7 +11,7 @@ from collections.abc import Callable
 import distckpt_backends
 import pytest
 import torch
-from distckpt_backends import cpu
+from distckpt_backends import _torch, cpu
 from distckpt_backends.errors import RngStateError
 
 CPU = torch.device("cpu")
@@ -90,7 +90,10 @@ def test_a_fingerprint_changes_with_every_draw_and_with_nothing_else(
 @pytest.mark.skipif(sys.platform != "linux", reason="found on Linux only; elsewhere the state is read")
 def test_the_generators_memory_is_found_and_is_its_own_to_the_last_byte() -> None:
     assert cpu._memory is not None
-    assert len(cpu._memory) == 2544  # the twister and two cached normals
+    first, last = cpu._memory.first, cpu._memory.last
+    end = ctypes.addressof(last) + len(last)
+    assert end - ctypes.addressof(first) == 2544  # the twister and two cached normals
+    assert (len(first), len(last)) == (20 + 32 * 4, 28)
 
 
 def in_a_new_process(code: str, **environment: str) -> str:
@@ -106,7 +109,7 @@ def test_an_environment_variable_turns_the_reading_of_generator_memory_off() -> 
 from distckpt_backends import _torch
 def no(generator): raise AssertionError("looked for")
 _torch.cpu_generator_memory = no
-from distckpt_backends import cpu
+from distckpt_backends import _torch, cpu
 import torch
 before = cpu.fingerprint()
 print(cpu._memory, cpu.drawn_since(before), bool(torch.rand(1)), cpu.drawn_since(before))
@@ -131,15 +134,17 @@ def test_memory_that_reaches_beyond_the_generator_is_not_used(monkeypatch: pytes
 
     def longer(generator: torch.Generator) -> object:
         found = real(generator)
-        return found and (ctypes.c_char * (len(found) + 8)).from_address(ctypes.addressof(found))
+        return found and _torch.GeneratorMemory(ctypes.addressof(found.first) + 8)
 
     monkeypatch.setattr(cpu, "cpu_generator_memory", longer)
     assert not cpu._every_draw_shows()
 
 
 def test_memory_that_a_draw_does_not_show_in_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = cpu.cpu_generator_memory
-    monkeypatch.setattr(cpu, "cpu_generator_memory", lambda g: ctypes.create_string_buffer(8))
+    real, nothing = cpu.cpu_generator_memory, ctypes.create_string_buffer(4096)
+    monkeypatch.setattr(
+        cpu, "cpu_generator_memory", lambda g: _torch.GeneratorMemory(ctypes.addressof(nothing))
+    )
     assert not cpu._every_draw_shows()
     monkeypatch.setattr(cpu, "cpu_generator_memory", lambda g: None)
     assert not cpu._every_draw_shows()

@@ -15,7 +15,7 @@ import torch.utils.checkpoint as torchs
 from torch import nn
 
 from distckpt import compat
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 
 ckpt = functools.partial(compat.checkpoint, use_reentrant=False)
 reentrant = functools.partial(compat.checkpoint, use_reentrant=True)

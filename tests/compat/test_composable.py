@@ -14,7 +14,7 @@ from torch.distributed._composable import checkpoint as torchs
 from torch.distributed._composable.contract import _get_registry
 
 from distckpt.compat.wrapper import composable_checkpoint
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 from distckpt.errors import AlreadyRegion
 from distckpt.modules import apply
 

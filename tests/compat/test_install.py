@@ -20,7 +20,7 @@ from torch import nn
 import distckpt.compat.checkpoint  # noqa: F401
 from distckpt import compat
 from distckpt.compat.install import install
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 
 _numbers = itertools.count()
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import distckpt
 from distckpt.compat.install import install
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"

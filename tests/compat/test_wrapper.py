@@ -22,7 +22,7 @@ from distckpt.compat.wrapper import (
     checkpoint_wrapper,
     offload_wrapper,
 )
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 
 BOTH = pytest.mark.parametrize("impl", [CheckpointImpl.NO_REENTRANT, CheckpointImpl.REENTRANT])
 

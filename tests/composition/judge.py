@@ -69,8 +69,9 @@ def left_out(program: p.Program) -> str | None:
         # garbage
         return "rrelu under saved-tensor hooks that copy"
     for step, around in p.walk(program.body):
-        inner = isinstance(step, p.Region) and bool(around)
-        if inner and any(how == "closure" for _, how in step.inputs) and p.uses(step.body, p.Binary, "same"):
+        # by a region around it, or by hooks that copy
+        new = isinstance(step, p.Region) and (bool(around) or contexts & {"hooks", "fresh hooks"})
+        if new and any(how == "closure" for _, how in step.inputs) and p.uses(step.body, p.Binary, "same"):
             # what a list that a name holds contains is no input of a region, so an argument that is the same tensor
             # may come back as another object
             return "asks whether an argument is an element of a list that a name holds"

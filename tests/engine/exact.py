@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import distckpt as dc
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 
 Region = Callable[..., Any]
 Program = Callable[[Region], Sequence["torch.Tensor | None"]]

@@ -228,7 +228,7 @@ def test_reverse_transforms_of_torch_func_are_refused(transform: Any) -> None:
 def test_a_refused_region_leaves_nothing_open() -> None:
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-    from distckpt.engine.state import here
+    from distckpt.engine.region import here
 
     for options in OPTIONS.values():
         with pytest.raises(RuntimeError):

@@ -131,7 +131,7 @@ def test_an_unknown_rule_is_refused_and_the_rule_in_force_stays() -> None:
 
 
 def test_a_rule_is_undone_when_its_block_ends() -> None:
-    from distckpt.engine.devices import current_rule
+    from distckpt.engine.rng import current_rule
 
     assert current_rule("error") == "error"
     with dc.devices.rule("all"):

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import distckpt as dc
-from distckpt.engine import diagnose
-from distckpt.engine.events import counters
+from distckpt.engine import determinism
+from distckpt.engine.stats import counters
 
 from .exact import leaf
 
@@ -104,8 +104,8 @@ def test_the_name_of_a_region_is_in_its_errors() -> None:
 
 def test_nothing_is_logged_or_run_again_before_a_replay_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    real = diagnose.diagnose
-    monkeypatch.setattr(diagnose, "diagnose", lambda m: ran.append("diagnosed") or real(m))
+    real = determinism.diagnose
+    monkeypatch.setattr(determinism, "diagnose", lambda m, replay: ran.append("diagnosed") or real(m, replay))
     dc.checkpoint(lambda t: t.sin().exp(), leaf(8)).sum().backward()
     assert ran == []
     before = counters.replays

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 import distckpt as dc
-from distckpt.engine.held import held, keys
 from distckpt.engine.region import Region
 from distckpt.engine.sessions import Session
+from distckpt.engine.stats import held, keys
 
 from .exact import leaf
 

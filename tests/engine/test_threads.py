@@ -110,7 +110,7 @@ def test_the_switches_of_one_thread_are_not_seen_by_another() -> None:
 
 
 def test_a_rule_of_one_thread_is_not_seen_by_another() -> None:
-    from distckpt.engine.devices import current_rule
+    from distckpt.engine.rng import current_rule
 
     with dc.devices.rule("all"):
         assert together(lambda: current_rule("error")) == ["error"]

@@ -10,8 +10,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from distckpt._torch import node_number, nodes_since, traced_graph
-from distckpt.engine.options import DEFAULT, Options
-from distckpt.engine.traced import Traced
+from distckpt.engine.compiler import Traced
+from distckpt.engine.region import DEFAULT, Options
 from distckpt.errors import ScannedDropout, ScannedRegion
 
 x = torch.ones(4)

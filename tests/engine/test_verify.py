@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import distckpt as dc
-from distckpt.engine.verify import checksum
+from distckpt.engine.determinism import checksum
 from distckpt.errors import CountMismatch, MetadataMismatch, ValueMismatch
 
 from .exact import Region, exact, leaf

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import distckpt as dc
-from distckpt.engine import misuse
-from distckpt.engine.events import counters
+from distckpt.engine import diagnose
+from distckpt.engine.stats import counters
 
 
 class Block(nn.Module):
@@ -239,7 +239,7 @@ def test_names_that_are_short_or_far_or_taken_do_not_warn() -> None:
 
 def test_edits_are_counted_letter_by_letter() -> None:
     assert [
-        misuse._edits("early_stop", other) for other in ("early_stop", "erly_stop", "early_stp_", "x")
+        diagnose._edits("early_stop", other) for other in ("early_stop", "erly_stop", "early_stp_", "x")
     ] == [
         0,
         1,

@@ -47,7 +47,7 @@ distckpt.checkpoint, distckpt.rng.register, distckpt.compat.install
 upper = [m for m in sys.modules if m.startswith(("distckpt.ranks", "distckpt.cli", "distckpt.integrations"))]
 assert not upper, upper
 distckpt.rng.stream, distckpt.Coordinator
-assert "distckpt.ranks.streams" in sys.modules
+assert "distckpt.ranks.rng_streams" in sys.modules
 """
     python(program)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import distckpt as dc
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 from distckpt.modules import regions
 
 pytest.importorskip("transformers", reason="the extra 'hf' is not installed")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import distckpt as dc
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 
 L: Any = pytest.importorskip("lightning", reason="the extra 'integrations' is not installed")
 

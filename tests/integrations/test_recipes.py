@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import distckpt as dc
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 from tests.integrations.models import THEIR_WARNINGS, VOCABULARY, batch, build, same, without_cache
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in THEIR_WARNINGS]

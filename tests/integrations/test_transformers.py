@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import distckpt as dc
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 from distckpt.errors import AlreadyRegion, InputChanged, UnknownModel
 from distckpt.modules import regions
 

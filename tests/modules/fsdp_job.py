@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from distckpt._torch_dist import UNITS_IN_REPLAYS
 from distckpt.compat.wrapper import checkpoint_wrapper, composable_checkpoint
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 from distckpt.modules import apply
 from tests.modules.models import Model
 from tests.ranks.collectives import Collectives

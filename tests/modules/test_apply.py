@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from distckpt.engine import is_recomputing
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 from distckpt.errors import AlreadyRegion, BadOption, ModuleGone, NeverCalled, NoMatch, Rebound
 from distckpt.modules import apply, regions
 from tests.modules.models import Block, Model, same, step

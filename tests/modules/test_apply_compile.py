@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 from distckpt.modules import apply
 from tests.modules.models import Model, same, step
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import distckpt as dc
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 from distckpt.errors import NoMatch, UnknownModel
 from distckpt.modules import regions, register_library
 from tests.modules.models import Model, same, step

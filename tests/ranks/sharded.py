@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 import distckpt as dc
 from distckpt._torch_dist import fsdp_state, parameter_groups
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 from tests.ranks.collectives import Collectives
 
 WIDTH = 8

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import distckpt as dc
-from distckpt.engine.events import on_failed_replay
+from distckpt.engine.stats import on_failed_replay
 from distckpt.errors import CheckpointError
-from distckpt.ranks.alarm import EXIT_CODE, raise_in
+from distckpt.ranks.watchdog import EXIT_CODE, raise_in
 from tests.ranks.spawn import run_ranks
 
 

@@ -122,11 +122,11 @@ def test_every_method_of_the_coordinator_has_a_signature_and_a_docstring_of_its_
 @pytest.mark.parametrize(
     ("method", "room"),
     [
-        ("attach", "distckpt.ranks.pipeline.attach.attach"),
+        ("attach", "distckpt.ranks.pipeline.attach"),
         ("fully_shard", "distckpt.ranks.fsdp.fully_shard"),
-        ("streams", "distckpt.ranks.streams.seed_streams"),
+        ("streams", "distckpt.ranks.rng_streams.seed_streams"),
         ("partition", "distckpt.ranks.partition.Partition"),
-        ("load_state_dict", "distckpt.ranks.stream_states.load_state_dict"),
+        ("load_state_dict", "distckpt.ranks.rng_states.load_state_dict"),
     ],
 )
 def test_the_facade_has_the_options_and_defaults_of_the_room_that_does_the_work(

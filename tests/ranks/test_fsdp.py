@@ -34,7 +34,7 @@ from distckpt.errors import (
 )
 from distckpt.modules import apply, regions
 from distckpt.ranks import Coordinator, fsdp
-from distckpt.ranks.fsdp_replay import UnitGuard, guard_units
+from distckpt.ranks.fsdp import UnitGuard, guard_units
 from tests.ranks.sharded import FLAT, NESTED, Model, by_hand, local, unfinished
 
 pytestmark = [

@@ -14,10 +14,9 @@ from torch.autograd.graph import get_gradient_edge
 from torch.distributed.pipelining import _backward
 
 from distckpt._torch_dist import sharded_units
-from distckpt.ranks.pipeline.early import unsafe
-from distckpt.ranks.pipeline.halves import Again
-from distckpt.ranks.pipeline.limit import Ahead, limit_of
-from distckpt.ranks.pipeline.order import Order, gpipe, one_forward_one_backward
+from distckpt.ranks.pipeline import unsafe
+from distckpt.ranks.pipeline.schedule import Ahead, Order, gpipe, memory_budget, one_forward_one_backward
+from distckpt.ranks.pipeline.stage import SplitBackward
 from tests.ranks.jobs.pipeline import Part
 
 
@@ -34,11 +33,11 @@ from tests.ranks.jobs.pipeline import Part
     ],
 )
 def test_an_amount_is_bytes_a_size_one_micro_batch_or_what_costs_no_memory(ahead: Any, amount: Any) -> None:
-    assert limit_of(True, ahead) == amount
+    assert memory_budget(True, ahead) == amount
 
 
 def test_without_early_replay_nothing_is_ahead() -> None:
-    assert limit_of(False, None) == 0
+    assert memory_budget(False, None) == 0
 
 
 def spelled(order: list[tuple[str, int]]) -> str:
@@ -81,7 +80,9 @@ def test_an_output_may_be_given_by_its_edge() -> None:
     model = Part()
     x = torch.randn(4, 16, requires_grad=True)
     out = model(x)
-    by_tensor, by_edge = (Again([end], [x], model.parameters()) for end in (out, get_gradient_edge(out)))
+    by_tensor, by_edge = (
+        SplitBackward([end], [x], model.parameters()) for end in (out, get_gradient_edge(out))
+    )
     nodes = list(_below(out))
     assert [by_edge(node) for node in nodes] == [by_tensor(node) for node in nodes]
     assert {by_edge(node) for node in nodes} == {True, False}
@@ -116,7 +117,7 @@ def test_the_nodes_that_run_twice_are_those_torch_starts_from(make: Any) -> None
     model = make()
     x = torch.randn(4, 16, requires_grad=True)
     out = model(x)
-    again = Again([out], [x], model.parameters())
+    again = SplitBackward([out], [x], model.parameters())
     nodes = set(_below(out))
     ours = {node for node in nodes if again(node)}
     _, groups = _backward.stage_backward_input([out], [torch.ones_like(out)], [x], model.parameters())
@@ -128,8 +129,8 @@ def test_a_weight_in_two_places_makes_every_node_between_them_run_again() -> Non
     weight = torch.randn(4, 4, requires_grad=True)
     x = torch.randn(4, 4, requires_grad=True)
     middle = (x @ weight).tanh()
-    assert Again([middle @ weight], [x], [weight])(middle.grad_fn)
-    assert not Again([middle], [x], [weight])(middle.grad_fn)
+    assert SplitBackward([middle @ weight], [x], [weight])(middle.grad_fn)
+    assert not SplitBackward([middle], [x], [weight])(middle.grad_fn)
 
 
 def region(fn: Any = None, tie: Any = None) -> Any:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from distckpt.engine.streams import same
-from distckpt.ranks.plain_data import NotPlain, dumps, loads
+from distckpt.ranks.rng_states import NotPlain, dumps, loads
 
 VALUES: list[Any] = [
     None,

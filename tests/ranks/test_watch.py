@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from distckpt.ranks.watch import _first_difference, _judge_end
+from distckpt.ranks.watchdog import _first_difference, _judge_end
 from tests.ranks.spawn import run_ranks
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import distckpt as dc
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 from tests.integrations.models import batch, build, without_cache
 from tests.ranks.spawn import leave, report
 

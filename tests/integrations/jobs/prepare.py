@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distckpt as dc
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 from tests.integrations.models import batch, build, without_cache
 from tests.ranks.spawn import leave, report
 

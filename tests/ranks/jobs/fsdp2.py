@@ -15,7 +15,7 @@ from distckpt._torch_dist import UNITS_IN_REPLAYS
 from distckpt.compat.wrapper import checkpoint_wrapper, composable_checkpoint
 from distckpt.modules import apply
 from distckpt.ranks import Coordinator
-from distckpt.ranks.fsdp_replay import guard_units
+from distckpt.ranks.fsdp import guard_units
 from tests.ranks.sharded import (
     FLAT,
     NESTED,

@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import dropout
 
 import distckpt as dc
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 from distckpt.errors import BadPartition, GatherMismatch, InputChanged, InputsDiffer
-from distckpt.ranks import kept as kept_room
+from distckpt.ranks import partition as room
 from distckpt.ranks.coordinator import Coordinator
 from distckpt.ranks.partition import Counts, Partition
 from tests.engine.exact import same_bits
@@ -430,11 +430,9 @@ def checks() -> Any:
 def other_region() -> Any:
     """Ranks that replay different regions are told so, and do not compute with each other's inputs."""
     found = {}
-    host = kept_room._is_host
+    host = room._is_host
     for late in (False, True):
-        kept_room._is_host = lambda tags, late=late: (
-            not late
-        )  # as on a device, whose tags are read at the end
+        room._is_host = lambda tags, late=late: not late  # as on a device, whose tags are read at the end
         p = made(prefetch=False)
         x = leaf(64)
         ys = [dc.checkpoint(block, x + i, partition=p) for i in range(2)]
@@ -442,7 +440,7 @@ def other_region() -> Any:
         found[str(late)] = refused(
             lambda ys=ys, x=x: backward(ys[min(1, dist.get_rank())], x), GatherMismatch
         )
-    kept_room._is_host = host
+    room._is_host = host
     return found
 
 

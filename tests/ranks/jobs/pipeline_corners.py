@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.pipelining.schedules import OVERLAP_F_B
 
 import distckpt as dc
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 from distckpt.ranks import Coordinator
 from tests.ranks.jobs.pipeline import WIDTH, Block, Part, batch, equal, pipeline, results, step, told
 from tests.ranks.spawn import leave, report

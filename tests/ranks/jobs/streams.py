@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 import distckpt as dc
 from distckpt.errors import StreamsDisagree
 from distckpt.ranks.coordinator import Coordinator
-from distckpt.ranks.streams import STREAMS
+from distckpt.ranks.rng_streams import STREAMS
 from tests.ranks.spawn import leave, report
 
 

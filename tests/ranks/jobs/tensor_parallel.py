@@ -21,7 +21,7 @@ from torch.nn.functional import dropout
 from torch.utils.checkpoint import checkpoint
 
 import distckpt as dc
-from distckpt.engine.events import counters
+from distckpt.engine.stats import counters
 from distckpt.ranks.coordinator import Coordinator
 from tests.engine.exact import same_bits
 from tests.ranks.spawn import leave, report

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import distckpt as dc
 from distckpt.compat.wrapper import checkpoint_wrapper, composable_checkpoint
 from distckpt.modules import apply
-from distckpt.ranks.fsdp_replay import guard_units
+from distckpt.ranks.fsdp import guard_units
 from tests.ranks.sharded import Model, compare, one_forward, train, two_forwards
 from tests.ranks.spawn import leave, report
 

@@ -13,8 +13,7 @@ from torch.nn.functional import dropout
 
 import distckpt as dc
 from distckpt.errors import BadStreams, DrawMismatch, StreamInUse, UnknownStream
-from distckpt.ranks.streams import STREAMS, derive
-from distckpt.ranks.switch import switch
+from distckpt.ranks.rng_streams import STREAMS, derive, tracker
 from tests.engine.exact import exact, leaf
 from tests.fakes.module import FakeModule
 from tests.ranks.meshes import Mesh
@@ -187,7 +186,7 @@ def test_without_rng_preservation_a_replay_still_leaves_its_blocks_properly() ->
             y = dc.checkpoint(parallel, x, preserve_rng_state=False)
         before = torch.get_rng_state()
         backward(y, x)
-        assert not switch.now.frames
+        assert not tracker.now.frames
         assert not torch.equal(before, torch.get_rng_state())  # as without streams: the draws go on
 
 
@@ -206,14 +205,14 @@ def test_a_replay_that_draws_otherwise_in_a_stream_is_an_error() -> None:
 
 def test_regions_share_what_is_parked_while_nobody_draws_from_a_stream() -> None:
     with dc.rng.seed_streams(None, 7):
-        before = switch.get_state()
+        before = tracker.get_state()
         dc.checkpoint(torch.sin, leaf(5))
         with stream("tensor-parallel"):
             pass
-        assert not switch.moved(before)
+        assert not tracker.moved(before)
         with stream("tensor-parallel"):
             torch.rand(1)
-        assert switch.moved(before)
+        assert tracker.moved(before)
 
 
 def test_a_block_leaves_the_default_generator_where_it_was_also_after_an_exception() -> None:
@@ -224,7 +223,7 @@ def test_a_block_leaves_the_default_generator_where_it_was_also_after_an_excepti
                 torch.rand(3)
                 raise ZeroDivisionError
         assert torch.equal(torch.get_rng_state(), before)
-        assert not switch.now.frames
+        assert not tracker.now.frames
 
 
 def test_a_region_that_fails_inside_a_block_leaves_the_streams_in_order() -> None:
@@ -238,10 +237,10 @@ def test_a_region_that_fails_inside_a_block_leaves_the_streams_in_order() -> Non
     with dc.rng.seed_streams(None, 7):
         x = leaf(5)
         y = dc.checkpoint(fails, x, early_stop=False)
-        parked, state = switch.get_state(), torch.get_rng_state()
+        parked, state = tracker.get_state(), torch.get_rng_state()
         with pytest.raises(ZeroDivisionError):
             backward(y, x)
-        assert switch.get_state() is parked
+        assert tracker.get_state() is parked
         assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -323,7 +322,7 @@ def test_a_device_that_comes_up_inside_a_block_is_refused(lazy: FakeModule) -> N
             with stream("tensor-parallel"):
                 torch.rand(1)
                 lazy._initialized = True
-        assert not switch.now.frames
+        assert not tracker.now.frames
         assert torch.equal(state, torch.get_rng_state())
 
 
@@ -354,7 +353,7 @@ def test_a_block_of_another_thread_is_refused() -> None:
             thread = threading.Thread(target=other)
             thread.start()
             thread.join()
-            assert switch.now.current == "tensor-parallel"
+            assert tracker.now.current == "tensor-parallel"
         assert len(found) == 1
         thread = threading.Thread(target=other)  # while no block is open, any thread may
         thread.start()
@@ -383,7 +382,7 @@ def test_blocks_left_in_another_order_are_refused() -> None:
         a.__enter__()
         b.__enter__()
         with pytest.raises(StreamInUse, match="'tensor-parallel' was left while 'data-parallel'"):
-            switch.leave(a._frames[0])
+            tracker.leave(a._frames[0])
         b.__exit__(None, None, None)
         a.__exit__(None, None, None)
 
@@ -440,7 +439,7 @@ def test_a_stream_differs_over_the_dims_of_its_name_and_over_no_other(name: str)
     seeds: dict[tuple[int, ...], int] = {}
     for at in itertools.product(range(2), repeat=5):
         with dc.rng.seed_streams(Mesh(DIMS, at), 3):
-            seeds[at] = switch.now.streams[name].seed
+            seeds[at] = tracker.now.streams[name].seed
     for a, b in itertools.combinations(seeds, 2):
         apart = {dim for dim, i, j in zip(DIMS, a, b, strict=True) if i != j}
         assert (seeds[a] != seeds[b]) == bool(apart & PROMISES[name]), (a, b)
@@ -461,7 +460,7 @@ def test_several_dims_may_have_one_meaning() -> None:
     seeds = set()
     for at in itertools.product(range(2), repeat=3):
         with dc.rng.seed_streams(Mesh(("dp_replicate", "dp_shard", "model"), at), 3):
-            seeds.add(switch.now.streams["data-parallel"].seed)
+            seeds.add(tracker.now.streams["data-parallel"].seed)
     assert len(seeds) == 4  # two times two data-parallel places; equal over "model"
 
 
@@ -471,13 +470,13 @@ def test_streams_of_your_own_say_over_which_dims_they_differ() -> None:
         mesh = Mesh(("rows", "tp"), at)
         with dc.rng.seed_streams(mesh, 3, streams={"router": ("rows",)}) as handle:
             assert handle.names == ("router",)
-            seeds.append(switch.now.streams["router"].seed)
+            seeds.append(tracker.now.streams["router"].seed)
     assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
 
 
 def test_a_second_seeding_adds_streams() -> None:
     with dc.rng.seed_streams(Mesh(("tp",), (0,)), 3), dc.rng.seed_streams(None, 3, streams={"router": ()}):
-        assert set(switch.names()) == {*STREAMS, "router"}
+        assert set(tracker.names()) == {*STREAMS, "router"}
 
 
 @pytest.mark.parametrize(
@@ -497,7 +496,7 @@ def test_what_cannot_be_seeded_is_refused_and_nothing_is_seeded(
 ) -> None:
     with pytest.raises(BadStreams, match=match):
         dc.rng.seed_streams(*arguments, **options)
-    assert switch.names() == []
+    assert tracker.names() == []
 
 
 class Tracker:
@@ -558,4 +557,4 @@ def test_the_tracker_is_made_with_the_streams_and_without_broadcasting_rank_zero
 
 def test_an_alias_gives_a_strange_dim_its_meaning() -> None:
     with dc.rng.seed_streams(Mesh(("tp", "rows"), (0, 1)), 3, aliases={"rows": "dp"}):
-        assert switch.now.streams["data-parallel"].coordinates == (("rows", 1),)
+        assert tracker.now.streams["data-parallel"].coordinates == (("rows", 1),)

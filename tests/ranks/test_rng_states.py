@@ -12,9 +12,9 @@ import torch
 
 import distckpt as dc
 from distckpt.errors import StreamInUse, UnsavableStream, WrongState
-from distckpt.ranks import exchange, plain_data
+from distckpt.ranks import rng_states
 from distckpt.ranks.coordinator import Coordinator
-from distckpt.ranks.switch import switch
+from distckpt.ranks.rng_streams import tracker
 from tests.fakes.module import FakeModule
 from tests.ranks.meshes import Mesh
 
@@ -30,7 +30,7 @@ def draw(*names: str) -> list[list[float]]:
 
 
 def everything() -> tuple[Any, ...]:
-    return switch.now, torch.get_rng_state().tolist(), random.getstate()
+    return tracker.now, torch.get_rng_state().tolist(), random.getstate()
 
 
 def test_every_stream_continues_where_it_was() -> None:
@@ -122,9 +122,9 @@ def crafted(at: Path) -> dict[str, dict[str, Any]]:
         "version 1": {"version": 1, "world": 1, "states": bomb},
         "version 1, inner": {"version": 1, "world": 1, "states": pickle.dumps([bomb])},
         "this version": {**good, "states": bomb},
-        "this version, inner": {**good, "states": plain_data.dumps([bomb])},
-        "for a rank's entry": {**good, "states": plain_data.dumps([plain_data.dumps(bomb)])},
-        "a whole object": {**good, "states": plain_data.dumps([plain_data.dumps({"default": bomb})])},
+        "this version, inner": {**good, "states": rng_states.dumps([bomb])},
+        "for a rank's entry": {**good, "states": rng_states.dumps([rng_states.dumps(bomb)])},
+        "a whole object": {**good, "states": rng_states.dumps([rng_states.dumps({"default": bomb})])},
     }
 
 
@@ -177,7 +177,7 @@ def refusals() -> dict[str, Any]:
         place = coord.state_dict()
     with dc.rng.seed_streams(None, 3), dc.rng.register("mine", torch.Generator()):
         registered = coord.state_dict()
-    two = {**good, "world": 2, "states": plain_data.dumps(plain_data.loads(good["states"]) * 2)}
+    two = {**good, "world": 2, "states": rng_states.dumps(rng_states.loads(good["states"]) * 2)}
     return {
         "not ours": ({"a": 1}, "not what coord.state_dict"),
         "garbage": ({**good, "states": b"x"}, "not what coord.state_dict"),
@@ -246,8 +246,8 @@ def test_a_rank_that_the_saved_job_did_not_have_keeps_its_own_generators(
         torch.manual_seed(31)
         own = torch.rand(3).tolist()
         torch.manual_seed(31)
-        monkeypatch.setattr(exchange, "rank", lambda: 5)
-        monkeypatch.setattr(exchange, "world", lambda: 6)
+        monkeypatch.setattr(rng_states, "group_rank", lambda: 5)
+        monkeypatch.setattr(rng_states, "group_size", lambda: 6)
         coord.load_state_dict(saved, strict=False)
         assert draw("data-parallel") == [own, expected]
 

@@ -15,7 +15,7 @@ from torch import nn
 import distckpt as dc
 from distckpt.errors import PlansDiffer, RanksMissing, RemoteReplayFailed
 from distckpt.ranks import World
-from distckpt.ranks.meeting import Channel, Verdict, _pack, spans
+from distckpt.ranks.store import Channel, Verdict, _pack, spans
 from tests.ranks.threads import CountingStore, on_ranks
 
 

@@ -1,4 +1,5 @@
-"""Meeting: every rank says one small thing, one of them compares, and all get the same verdict.
+"""Store: where ranks meet. Every rank says one small thing, one of them compares, and all get the same verdict; or all
+get what each has said (:func:`gather`, which goes through the process group).
 
 Note [Meeting]
     Everything goes through the rendezvous store, never through the accelerator. A rank counts itself in and writes its
@@ -34,7 +35,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -43,7 +44,7 @@ from distckpt_backends.errors import DistckptError
 
 from distckpt import _torch_dist
 from distckpt.errors import NoStore, RankFailed, RanksMissing, RemoteReplayFailed, by_code
-from distckpt.ranks.world import World
+from distckpt.ranks.world import World, group_size
 
 GRACE = 10.0  # seconds, or half of the timeout, that a rank which judges has, before another takes its place
 
@@ -417,6 +418,12 @@ def spans(ranks: Sequence[int]) -> str:
     return ", ".join("-".join(map(str, run)) for run in runs)
 
 
+def named_ranks(members: Iterable[int]) -> str:
+    """``rank 3`` or ``ranks 0-2, 5``."""
+    members = list(members)
+    return f"rank{'s' * (len(members) > 1)} {spans(members)}"
+
+
 def _pack(verdict: Verdict) -> bytes:
     said = {field: value for field, value in vars(verdict).items() if value and field != "cause"}
     return json.dumps(said, separators=(",", ":")).encode()
@@ -430,3 +437,25 @@ def _unpack(data: bytes) -> Verdict:
         tuple(said.get("ask", ())),
         tuple(said.get("missing", ())),
     )
+
+
+_group: tuple[Any, Any] | None = None  # the default group it was made for, and the control group
+
+
+def _control_group() -> Any:
+    """A group that reaches every rank without the accelerator: the default one where it is gloo, else one beside it."""
+    global _group
+    default = dist.group.WORLD
+    if _group is None or _group[0] is not default:
+        gloo = dist.get_backend(default) == "gloo"
+        _group = (default, default if gloo else dist.new_group(backend="gloo"))
+    return _group[1]
+
+
+def gather(value: Any) -> list[Any]:
+    """``value`` of every rank, by rank. A collective: every rank of the job calls it. Picklable values only."""
+    if group_size() == 1:
+        return [value]
+    found: list[Any] = [None] * group_size()
+    dist.all_gather_object(found, value, group=_control_group())
+    return found

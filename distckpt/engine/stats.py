@@ -1,4 +1,4 @@
-"""Held: how many bytes the recomputed values of some regions occupy.
+"""Stats: counts of what the engine did, who is told when a replay fails, and how many bytes regions hold.
 
 Note [What is counted]
     Distinct memory, whatever the number of values and views in it: a value that is a view keeps all of its storage.
@@ -8,19 +8,70 @@ Note [What is counted]
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from distckpt._torch import storage_of
-from distckpt.engine.doubt import Doubtful
 from distckpt.engine.inputs import give_back, tensors
-from distckpt.engine.parameters import Outdated
+from distckpt.engine.region import Doubtful, Outdated, Region, describe
 
 if TYPE_CHECKING:
     from distckpt.engine.region import Region
+
+
+@dataclasses.dataclass(slots=True)
+class Counters:
+    """Totals of this process since its start. Read them before and after, and subtract.
+
+    ``regions`` counts records, ``replays`` counts recomputations (an early-stopped one counts as one).
+    Plain integers without a lock: two device threads may lose a count, so they report, never decide.
+    """
+
+    regions: int = 0
+    replays: int = 0
+
+
+counters = Counters()
+
+FailureListener = Callable[[str, Exception], None]
+
+# Replaced, never changed in place: a failing thread sees either the old or the new tuple.
+_listeners: tuple[FailureListener, ...] = ()
+
+
+def on_failed_replay(listener: FailureListener) -> Callable[[], None]:
+    """Call ``listener(region, error)`` when a replay raises, on its thread, before the error goes on.
+
+    ``region`` is a description for people. The listener must not raise.
+
+    Returns:
+        A function that takes the listener off; calling it twice is harmless.
+    """
+    global _listeners
+    _listeners = (*_listeners, listener)
+
+    def remove() -> None:
+        global _listeners
+        _listeners = tuple(known for known in _listeners if known is not listener)
+
+    return remove
+
+
+def failed(region: Region, error: Exception) -> None:
+    """Tell the listeners that a replay of ``region`` raised ``error``."""
+    if not _listeners:
+        return
+    with contextlib.suppress(
+        Exception
+    ):  # the description runs user code (__qualname__), and the error matters more
+        place = describe(region.fn, region.options)
+        for listener in _listeners:
+            listener(place, error)
 
 
 def storages(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:

@@ -16,7 +16,7 @@ import distckpt as dc
 from distckpt.compat.wrapper import checkpoint_wrapper, composable_checkpoint
 from distckpt.errors import BadPlan
 from distckpt.ranks import RegionPlan
-from distckpt.ranks.regionplan import describe, differences, plain, regions_of
+from distckpt.ranks.plan import comparable, describe_region, differing_regions, regions_of
 
 
 def model(layers: int = 3) -> nn.Sequential:
@@ -29,7 +29,7 @@ def test_regions_of_dc_apply_are_seen_with_their_options() -> None:
     found = regions_of(made)
     assert list(found) == ["0", "2"]
     assert found["0"]["options"]["determinism_check"] == "bitwise"
-    assert describe(found["0"]) == "a region by distckpt with determinism_check=bitwise"
+    assert describe_region(found["0"]) == "a region by distckpt with determinism_check=bitwise"
 
 
 def test_a_region_taken_off_is_not_seen() -> None:
@@ -51,7 +51,7 @@ def test_composable_and_wrapper_forms_are_seen_and_wrappers_do_not_change_names(
         "1.0": "distckpt",
         "2": "checkpoint_wrapper",
     }
-    assert "preserve_rng_state" in describe(found["2"])
+    assert "preserve_rng_state" in describe_region(found["2"])
     assert found["1"] != found["2"]
 
 
@@ -108,8 +108,8 @@ def test_values_are_compared_by_name_and_never_by_address() -> None:
     class Thing:
         pass
 
-    assert plain(Thing()) == plain(Thing())
-    assert plain({"b": [torch.ops.aten.mm.default], "a": {3, 1}}) == {
+    assert comparable(Thing()) == comparable(Thing())
+    assert comparable({"b": [torch.ops.aten.mm.default], "a": {3, 1}}) == {
         "b": ["aten.mm.default"],
         "a": ["1", "3"],
     }
@@ -118,7 +118,7 @@ def test_values_are_compared_by_name_and_never_by_address() -> None:
 def test_differences_name_modules_that_only_one_side_has_or_has_otherwise() -> None:
     one = {"a": {"by": "x"}, "b": {"by": "x"}}
     two = {"a": {"by": "x"}, "b": {"by": "y"}, "c": {"by": "x"}}
-    assert differences(one, two) == ["b", "c"]
+    assert differing_regions(one, two) == ["b", "c"]
 
 
 def test_plans_differ_when_the_settings_of_a_partition_do() -> None:
@@ -142,5 +142,5 @@ def test_generators_and_devices_are_told_by_device_type_which_ranks_share() -> N
     def draws(generator: torch.Generator, device: torch.device) -> None: ...
 
     ways = [functools.partial(draws, torch.Generator(), torch.device("cuda", index)) for index in (0, 1)]
-    assert plain(ways[0]) == plain(ways[1])
-    assert plain(ways[0])["args"] == ["Generator on cpu", "device on cuda"]
+    assert comparable(ways[0]) == comparable(ways[1])
+    assert comparable(ways[0])["args"] == ["Generator on cpu", "device on cuda"]
