@@ -35,11 +35,8 @@ from distckpt.engine.rng import DefaultDeviceType
 from distckpt.engine.sessions import GraphExecGroup
 from distckpt.engine.stats import counters
 from distckpt.errors import CheckpointError, TorchAnswers
-from distckpt.policy.sac import (
-    SAC_IGNORED_OPS,
-    SelectiveCheckpointContext,
-    create_selective_checkpoint_contexts,
-)
+from distckpt.policy.operators import SelectiveCheckpointContext
+from distckpt.policy.sac import SAC_IGNORED_OPS, create_selective_checkpoint_contexts
 
 # Read by name at each use, by Dynamo's identity test and torch's own operator among others: the compile stack
 # follows torch.utils.checkpoint by itself, and what it bound at import (enum members, mode classes that its dispatch
