@@ -1,4 +1,4 @@
-"""An FSDP plugin for accelerate: regions in the place of its own activation checkpointing."""
+"""An FSDP plugin for accelerate: regions in the place of its own checkpointing. (Alone: it imports accelerate.)"""
 
 from __future__ import annotations
 
