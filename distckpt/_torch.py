@@ -1,4 +1,4 @@
-"""The one room for private torch APIs: one name each, with what it is for and a version guard. (Over 500 lines: private names are in one room.)
+"""The one room for private torch APIs, each with what it is for and a guard. (So it has over 500 lines.)
 
 Supported: torch 2.9 to 2.15. A name that only some of them have is replaced here. One that all of them have stands in
 ``NAMES``, and a torch without it raises ``UnsupportedTorch`` when the feature is first needed, never at import of an
