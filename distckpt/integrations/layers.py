@@ -105,7 +105,7 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-def call_plainly(module: torch.nn.Module) -> Callable[..., bool]:
+def plain(module: torch.nn.Module) -> Callable[..., bool]:
     """The test for calls that must not be regions."""
     return fills_a_cache
 

@@ -404,7 +404,7 @@ class Library(Protocol):
         """Make the library's own switches agree with the regions that are on ``model`` now. Idempotent."""
         ...
 
-    def call_plainly(self, module: torch.nn.Module) -> Callable[..., bool] | None:
+    def plain(self, module: torch.nn.Module) -> Callable[..., bool] | None:
         """None, or what says of a call ``(module, args, kwargs)`` that it must not be a region. Picklable."""
         ...
 
@@ -432,7 +432,7 @@ def libraries(model: torch.nn.Module) -> list[Library]:
 def library_says_plain(module: torch.nn.Module) -> Callable[..., bool] | None:
     """What the library of ``module`` says about calls that must stay plain ones."""
     for package in sorted(_packages(type(module))):
-        test = _load(package).call_plainly(module)
+        test = _load(package).plain(module)
         if test is not None:
             return test
     return None

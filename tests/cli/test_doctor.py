@@ -96,7 +96,7 @@ def test_a_failure_is_exit_code_1_and_follows_the_schema_too(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = selftest.Result("cpu", "dropout", "dc.checkpoint", "differs", "gradient 0: off by up to 1.00e+00")
-    monkeypatch.setattr(selftest, "run", lambda devices: [wrong])
+    monkeypatch.setattr(selftest, "run_selftests", lambda devices: [wrong])
     assert main(["doctor", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     validate(found, "doctor")
@@ -112,7 +112,7 @@ def test_a_failure_is_exit_code_1_and_follows_the_schema_too(
 def test_the_self_test_can_be_left_out(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selftest, "run", None)
+    monkeypatch.setattr(selftest, "run_selftests", None)
     assert main(["doctor", "--no-self-test"]) == 0
     assert "  --    left out  as asked" in capsys.readouterr().out
 
