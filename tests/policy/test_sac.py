@@ -637,7 +637,7 @@ def test_dynamo_compiles_none_of_what_a_selective_region_runs_per_operator() -> 
         dc.checkpoint(compiled, x, context_fn=contexts([aten.exp.default])).sum().backward()
     finally:
         torch.compiler.reset()
-    assert found == ["sin", "cos"]
+    assert set(found) == {"sin", "cos"}  # torch 2.9 compiles the caller once more for the replay
 
 
 def test_a_selective_region_does_not_load_the_compiler() -> None:
