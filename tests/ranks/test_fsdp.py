@@ -445,7 +445,6 @@ def test_after_a_replay_that_raised_fsdps_reset_makes_the_next_step_right(
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-# Dynamo of torch 2.9 holds weak references to tensors that autograd frees
 @pytest.mark.parametrize("regions", ["stack.layers.*", "stack"])
 def test_compiled_units_stay_whole_graphs(coord: Coordinator, regions: str) -> None:
     if regions == "stack" and not UNITS_IN_REPLAYS:
