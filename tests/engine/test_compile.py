@@ -245,3 +245,19 @@ def test_reverse_transforms_of_torch_func_inside_a_region_are_refused() -> None:
 
     with pytest.raises(RuntimeError, match="saved tensor hooks"):
         dc.checkpoint(fn, leaf(3))
+
+
+def test_dynamo_compiles_no_frame_of_the_engines_below_a_graph_break() -> None:
+    @torch._dynamo.disable(recursive=False)
+    def eager(y: torch.Tensor) -> torch.Tensor:
+        return y.exp()  # its frame runs as it is, and Dynamo looks at every frame that is called in it
+
+    def frames(checkpoint: Any) -> int:
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        compiled = torch.compile(lambda x: eager(x.sin()).cos(), backend="eager")
+        checkpoint(compiled, leaf(4), use_reentrant=False).sum().backward()
+        return torch._dynamo.utils.counters["frames"]["total"]
+
+    # the caller's own frames, in the record and in the replay; torch 2.9 and 2.10 look at one of torch's engine as well
+    assert frames(dc.checkpoint) == 4 <= frames(torch.utils.checkpoint.checkpoint)
