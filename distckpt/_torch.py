@@ -254,25 +254,25 @@ def skip_frame(function: Callable[..., Any]) -> None:
     Without this a graph break at the call makes Dynamo trace the frame again as a root, where it
     would see ``is_dynamo_compiling()`` and hand an eager call to torch's engine.
     """
-    frames: Any = torch._C._dynamo.eval_frame  # type: ignore[attr-defined]
-    skip, default = frames._FrameAction.SKIP, frames._FrameAction.DEFAULT
-    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, default))  # type: ignore[attr-defined]
+    _skip(function.__code__)
 
 
 def skip_frames_below(function: Callable[..., Any]) -> None:
     """Ask Dynamo to compile neither ``function``'s own frame nor any below it: ``disable`` without its wrapper."""
-    frames: Any = torch._C._dynamo.eval_frame  # type: ignore[attr-defined]
-    skip = frames._FrameAction.SKIP
-    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))  # type: ignore[attr-defined]
+    _skip(function.__code__, below=True)
 
 
 def skip_inner_frames(function: Callable[..., Any]) -> None:
     """Ask Dynamo not to compile the functions that ``function`` defines, each time it runs, and hands to torch."""
-    frames: Any = torch._C._dynamo.eval_frame  # type: ignore[attr-defined]
-    skip, default = frames._FrameAction.SKIP, frames._FrameAction.DEFAULT
     for inner in function.__code__.co_consts:
         if isinstance(inner, CodeType):
-            frames.set_code_exec_strategy(inner, frames._FrameExecStrategy(skip, default))  # type: ignore[attr-defined]
+            _skip(inner)
+
+
+def _skip(code: CodeType, below: bool = False) -> None:
+    frames: Any = torch._C._dynamo.eval_frame  # type: ignore[attr-defined]
+    skip, default = frames._FrameAction.SKIP, frames._FrameAction.DEFAULT
+    frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip if below else default))  # type: ignore[attr-defined]
 
 
 def _call(function: Any, *args: Any, **kwargs: Any) -> Any:

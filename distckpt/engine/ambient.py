@@ -148,9 +148,8 @@ class Contexts:
         forward, replay = make() if make is not None else (contextlib.nullcontext(), contextlib.nullcontext())
         self._forward: Context = _bound(forward, region)
         self._replay: Context = _bound(replay, region)
-        self._entered: Context | None = (
-            None  # a log is around it, which names the region: not beyond the record
-        )
+        # A debug log is around it, and names the region: so not beyond the record, or the two would hold each other.
+        self._entered: Context | None = None
 
     def enter_forward(self, region: Region) -> None:
         """Enter before the record."""

@@ -153,7 +153,7 @@ def _value_of(r: Region, slot: Slot) -> Any:
             value = slot.value
         if r.session is None:
             slot.value = None
-            # the type of a session tells nothing: an int is the graph task of a backward
+            # None or an int is what a replay without a session leaves there
             if graph_task_id() == -1 and (r.backward is None or type(r.backward) is int):
                 r.clear()  # no backward will use, or end and release, the other values
         else:

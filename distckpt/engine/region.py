@@ -302,7 +302,7 @@ open_sessions: list[Session] = []
 
 def current_session() -> Session | None:
     """The session of this thread, or of the backward call that this device thread works for."""
-    return tls_get(SESSION) if open_sessions else None
+    return tls_get(SESSION)
 
 
 class Refusal(BaseException):

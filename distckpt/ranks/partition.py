@@ -320,7 +320,7 @@ class Partition:
     """Keeps 1/t of regions' inputs per rank of a group: pass it to ``dc.checkpoint`` or ``dc.apply`` as ``partition=``.
 
     For inputs that are equal on every rank of the group, as between the blocks of a tensor-parallel model. Make
-    one per group and keep it. ShardedInputs whole are parameters, tensors below ``min_bytes``, DTensors that are not
+    one per group and keep it. Kept whole are parameters, tensors below ``min_bytes``, DTensors that are not
     replicated over the group (they are divided already), and tensors with overlapping elements. The ranks of a
     group must record and replay the same regions in the same order, one backward at a time.
 
