@@ -6,8 +6,8 @@ Note [Generator memory]
     are seed, position and 32 of the 624 words, and to its last, which are the cached normals. Every draw moves the
     position or takes a cached normal, and a whole turn, after which the position is the same again, exchanges every
     word (Matsumoto and Nishimura, 1998). So equal bytes mean that nobody has drawn. To read less than all of it
-    saves 5 us of a region. That memory is found by what it holds, right behind the start of the generator's own C++
-    object. The search reads through the kernel, which refuses an address that is not there instead of crashing.
+    saves 2 to 3 us of a region. That memory is found by what it holds, right behind the start of the generator's own
+    C++ object. The search reads through the kernel, which refuses an address that is not there instead of crashing.
     What it finds is only used after a generator of the same make has shown that every kind of draw changes it, the
     one that only takes the second number of a cached pair included, and that its last bytes are the generator's
     too. Otherwise, and where the environment says ``DISTCKPT_GENERATOR_MEMORY=0``, the state is read and compared.
